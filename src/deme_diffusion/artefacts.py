@@ -1,0 +1,318 @@
+"""Artefacts: the store that all runs share, manifests and locks, provenance and clean-up."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.files import TEMPORARY, Record, canonical_digest, explained, file_digest, visible_files, write_json
+
+logger = logging.getLogger(__name__)
+MANIFEST, WORK = "manifest.json", "work"  # checkpoints live in work, which goes when the artefact is finished
+_DISTRIBUTIONS = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "deme-diffusion")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What decides a stage's result: `settings` are the non-default ones, `inputs` maps a name to a digest."""
+
+    stage: str
+    version: int
+    settings: Mapping[str, object]
+    inputs: Mapping[str, str]
+    seed: int | None
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex characters of the canonical digest."""
+        return canonical_digest(self.as_dict())[:16]
+
+    def as_dict(self) -> Record:
+        """The five fields as plain JSON."""
+        return {**vars(self), "settings": dict(self.settings), "inputs": dict(self.inputs)}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a finished stage left: `digest` of its key, `results` it returned, `seconds` over all attempts."""
+
+    folder: Path
+    manifest: Record
+
+    @property
+    def digest(self) -> str:
+        """The digest of its key."""
+        return str(self.manifest["digest"])
+
+    @property
+    def results(self) -> Record:
+        """What its stage returned."""
+        return dict(self.manifest["results"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time, interrupted attempts included."""
+        return float(self.manifest["seconds"])
+
+    def path(self, name: str) -> Path:
+        """A file or folder of it."""
+        return self.folder / name
+
+
+class _Fault(Exception):
+    """A manifest does not hold: which file, and why."""
+
+
+class Store:
+    """The artefacts of all runs, at root/<stage>/<digest>."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, key: Key) -> Path:
+        """Where the artefact lives, made or not."""
+        return self.root / key.stage / key.digest
+
+    def find(self, key: Key) -> Artefact | None:
+        """The finished artefact; one that does not hold is logged and emptied, so that it is made again."""
+        folder = self.folder(key)
+        with contextlib.suppress(_Fault):
+            return _load(folder, key)
+        with _try_lock(folder) as ours:  # whoever else holds it is already making it again
+            if not ours:
+                return None
+            try:
+                return _load(folder, key)
+            except _Fault as fault:
+                logger.warning("%s %s: %s; it will be made again", key.stage, key.digest, fault)
+                _empty(folder)
+        return None
+
+    def status(self, key: Key) -> Literal["done", "partial", "missing"]:
+        """The state at a glance: nothing is hashed, raised, deleted or waited for."""
+        folder = self.folder(key)
+        with contextlib.suppress(_Fault, OSError):
+            if _read_manifest(folder, key, hashing=False):
+                return "done"
+        return "partial" if os.path.isdir(folder) else "missing"  # noqa: PTH112 (Path.is_dir raises on EACCES)
+
+    @contextlib.contextmanager
+    def lock(self, key: Key, timeout: float = -1) -> Iterator[None]:
+        """Hold the key's lock; `timeout` in seconds, negative waits for ever; MachineError when it has passed."""
+        with _try_lock(self.folder(key)) as ours:
+            if ours:
+                yield
+                return
+        logger.info("waiting for another process that makes %s %s", key.stage, key.digest)
+        with _try_lock(self.folder(key), timeout) as ours:
+            if not ours:
+                raise MachineError(f"{key.stage} {key.digest} is still locked after {timeout:g} s")
+            yield
+
+    def produce(self, key: Key, make: Callable[[Path], Mapping[str, object] | None]) -> Artefact:
+        """Find the artefact, or let `make` fill its folder (resuming from what is there) and seal it."""
+        with self.lock(key):
+            if (done := self.find(key)) is not None:
+                return done
+            folder = self.folder(key)
+            with _stopwatch(folder / WORK / "seconds.json"):
+                results = make(folder)
+            return _seal(folder, key, dict(results or {}))
+
+
+@contextlib.contextmanager
+def _try_lock(folder: Path, timeout: float = 0) -> Iterator[bool]:
+    path = folder.with_name(f"{folder.name}.lock")
+    with explained("lock", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, is_singleton=True)  # one object a path, so that find() may lock within produce()
+        try:
+            lock.acquire(timeout=timeout)
+            ours = True
+        except Timeout:
+            ours = False
+    try:
+        yield ours
+    finally:
+        if ours:
+            lock.release()  # the file stays: who deletes a lock file lets two waiters hold "the" lock
+
+
+def _read_manifest(folder: Path, key: Key, hashing: bool) -> Record | None:
+    """The manifest, None where there is none, _Fault where it does not hold."""
+    try:
+        manifest: Record = json.loads((folder / MANIFEST).read_bytes())
+        files = {rel: (int(e["size"]), int(e["mtime_ns"]), e["sha256"]) for rel, e in manifest["files"].items()}
+        owner = (manifest["stage"], manifest["digest"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _Fault(f"{MANIFEST} is not a manifest") from None
+    if owner != (key.stage, key.digest):
+        raise _Fault(f"{MANIFEST} belongs to {owner[0]} {owner[1]}")
+    for rel, expected in files.items():
+        manifest["files"][rel]["mtime_ns"] = _check(folder, rel, *expected, hashing)
+    return manifest
+
+
+def _check(folder: Path, rel: str, size: int, mtime_ns: int, sha256: str, hashing: bool) -> int:
+    """The file's mtime in ns; _Fault unless the file is the manifest's."""
+    try:
+        found = (folder / rel).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _Fault(f"{rel} is missing") from None
+    if found.st_size != size:
+        raise _Fault(f"{rel} has {found.st_size} bytes instead of {size}")
+    # Hashing gigabytes at every run is too slow: an untouched mtime vouches for the contents.
+    if hashing and found.st_mtime_ns != mtime_ns and file_digest(folder / rel) != sha256:
+        raise _Fault(f"{rel} has another checksum")
+    return found.st_mtime_ns
+
+
+def _load(folder: Path, key: Key) -> Artefact | None:
+    with explained("read", folder):
+        manifest = _read_manifest(folder, key, hashing=True)
+    if manifest is None:
+        return None
+    with contextlib.suppress(MachineError, OSError, ValueError):  # spares a store that was copied the next hashing
+        if manifest != json.loads((folder / MANIFEST).read_bytes()):
+            write_json(folder / MANIFEST, manifest)
+    return Artefact(folder, manifest)
+
+
+def _seal(folder: Path, key: Key, results: Record) -> Artefact:
+    for stale in folder.rglob(f".*{TEMPORARY}"):
+        stale.unlink()  # of an attempt that was killed: we hold the lock, so nobody is writing it
+    paths = {path.relative_to(folder): path for path in visible_files(folder)}
+    paths = {rel: path for rel, path in paths.items() if rel.parts[0] not in (MANIFEST, WORK)}
+    manifest = {
+        **key.as_dict(),
+        "digest": key.digest,
+        "files": {rel.as_posix(): _entry(path) for rel, path in paths.items()},
+        "results": results,
+        "seconds": _read_seconds(folder / WORK / "seconds.json"),
+        "provenance": provenance(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    # Before the checkpoints go: results that are not JSON must not cost the training.
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))
+    with explained("remove", folder / WORK), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / WORK)
+    write_json(folder / MANIFEST, manifest)
+    return Artefact(folder, manifest)
+
+
+def _entry(path: Path) -> Record:
+    """A file's line in the manifest, which vouches for it after a power cut too: hence the fsync."""
+    with explained("seal", path), path.open("rb") as file:
+        os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
+    return {"size": stat.st_size, "sha256": file_digest(path), "mtime_ns": stat.st_mtime_ns}
+
+
+@contextlib.contextmanager
+def _stopwatch(path: Path) -> Iterator[None]:
+    """Add the block's seconds to those in `path`, however the block ends."""
+    write_json(path, {"seconds": (before := _read_seconds(path))})
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(MachineError, OSError):  # must not hide why the block ended
+            write_json(path, {"seconds": before + time.monotonic() - start})
+
+
+def _read_seconds(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_bytes())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _empty(folder: Path) -> None:
+    with explained("empty", folder):
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look finished
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def provenance() -> Record:
+    """The software and machine of this process; what cannot be found out is None, and nothing is raised."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "versions": {name: _version(name) for name in _DISTRIBUTIONS},
+        "git": _git(Path(__file__).resolve().parents[2]),
+    }
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(Exception):  # a broken installation has many ways to fail
+        return metadata.version(name)
+    return None
+
+
+@cache  # the code that runs is the code at the start, whatever is edited meanwhile
+def _git(source: Path) -> Record | None:
+    """Commit and dirty flag; None unless `source` itself is a checkout: a venv within one does not count."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(source), *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        if (source / ".git").exists():
+            return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    return None
+
+
+def referenced(runs_root: Path) -> set[tuple[str, str]]:
+    """The (stage, digest) that the runs' run.json name; UserError where a run does not tell."""
+    if not runs_root.is_dir():
+        raise UserError(f"{runs_root} is not a folder of runs")
+    found: set[tuple[str, str]] = set()
+    for run in sorted(runs_root.iterdir()):
+        # A link that leads nowhere may be a run on a disk that is not mounted, so it is not passed over.
+        if run.name == "store" or run.name.startswith(".") or run.is_file():
+            continue
+        try:
+            stages = json.loads((run / "run.json").read_bytes())["stages"]
+            found.update((str(stage["stage"]), str(stage["digest"])) for stage in stages)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"cannot read {run / 'run.json'} ({type(error).__name__}), so what this run needs is unknown"
+            raise UserError(f"{why}; mend it or move the folder away") from error
+    return found
+
+
+def clean(store: Store, keep: set[tuple[str, str]], dry_run: bool) -> list[tuple[Path, int]]:
+    """Remove the artefacts not in `keep` that nobody is making; returns their folders and sizes in bytes."""
+    removed = []
+    for folder in sorted(store.root.glob("*/" + "[0-9a-f]" * 16)):  # nothing but what a key can have named
+        if (folder.parent.name, folder.name) in keep or folder.is_symlink() or not folder.is_dir():
+            continue
+        with _try_lock(folder) as ours:
+            if ours:
+                removed.append((folder, sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())))
+            if ours and not dry_run:
+                _empty(folder)
+                folder.rmdir()
+    return removed

@@ -1,0 +1,1 @@
+"""Decouple: experts finetuned on subsets of the timesteps, and the same loop for bases and controls."""

@@ -1,0 +1,78 @@
+"""Checkpoints of one training: tensors as safetensors, the rest as JSON, whole or not there. Never a pickle."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deme_diffusion.files import file_digest, write_json
+from deme_diffusion.weights import State, load_state, save_state
+
+log = logging.getLogger(__name__)
+TENSORS, RECORD = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a training needs to go on after `step` finished steps."""
+
+    step: int
+    tensors: State
+    record: dict[str, Any]
+
+    def part(self, name: str) -> State:
+        """The tensors whose names begin with `name/`, without it."""
+        return {
+            key.removeprefix(f"{name}/"): value for key, value in self.tensors.items() if key.startswith(f"{name}/")
+        }
+
+
+def save(work: Path, checkpoint: Checkpoint, *, limit: int) -> None:
+    """Write `work/checkpoint-<step>`, the record last, then drop all but the newest `limit`."""
+    folder = work / f"checkpoint-{checkpoint.step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_state(folder / TENSORS, checkpoint.tensors)
+    record = {**checkpoint.record, "step": checkpoint.step, "sha256": file_digest(folder / TENSORS)}
+    write_json(folder / RECORD, record)
+    for old in _folders(work)[:-limit]:
+        shutil.rmtree(old)
+
+
+def latest(work: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; broken ones are named in the log and passed over."""
+    import json
+
+    for folder in reversed(_folders(work)):
+        try:
+            record = json.loads((folder / RECORD).read_text())
+            if file_digest(folder / TENSORS) != record["sha256"]:
+                raise ValueError("checksum differs")
+            return Checkpoint(int(record["step"]), load_state(folder / TENSORS), record)
+        except (OSError, ValueError, KeyError, RuntimeError) as problem:
+            log.warning("%s is not whole (%s): going back to the one before", folder, problem)
+            shutil.rmtree(folder)
+    return None
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> State:
+    """The optimizer's per-parameter tensors as `<parameter index>/<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: State) -> None:
+    """The inverse of `flatten_optimizer`; settings (learning rate, betas) stay those of the optimizer."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _folders(work: Path) -> list[Path]:
+    return sorted(work.glob("checkpoint-*"))

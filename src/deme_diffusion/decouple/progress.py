@@ -1,0 +1,81 @@
+"""Where a training stands, and how it goes into a checkpoint and comes back out of one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from deme_diffusion.decouple.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from deme_diffusion.decouple.ema import Ema
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0
+    updates: int = 0
+    skipped_in_a_row: int = 0
+    stale_validations: int = 0
+    best_step: int = -1
+    best_loss: float = math.inf
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+def snapshot(
+    accelerator: Accelerator, student: nn.Module, optimizer: Any, ema: Ema | None, progress: Progress
+) -> Checkpoint:
+    """All that a resumed training needs to take the very next step."""
+    parts = {
+        "model": accelerator.unwrap_model(student).state_dict(),
+        "optimizer": flatten_optimizer(optimizer),
+        "ema": ema.state() if ema else {},
+    }
+    tensors = {f"{part}/{key}": value for part, state in parts.items() for key, value in state.items()}
+    record = {**vars(progress), "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+    record["best_loss"] = progress.best_loss if math.isfinite(progress.best_loss) else None
+    return Checkpoint(progress.step, tensors, record)
+
+
+def restore(
+    saved: Checkpoint,
+    accelerator: Accelerator,
+    student: nn.Module,
+    optimizer: Any,
+    ema: Ema | None,
+    environment: dict[str, Any],
+) -> Progress:
+    """Put a checkpoint back; what exactness is relative to (versions, device, threads) is compared, and said."""
+    accelerator.unwrap_model(student).load_state_dict(saved.part("model"))
+    restore_optimizer(optimizer, saved.part("optimizer"))
+    record = {key: saved.record[key] for key in Progress.__dataclass_fields__}
+    record["best_loss"] = math.inf if record["best_loss"] is None else record["best_loss"]
+    progress = Progress(**record)
+    if ema:
+        ema.restore(saved.part("ema"), progress.updates)
+    if accelerator.scaler is not None and saved.record["scaler"]:
+        accelerator.scaler.load_state_dict(saved.record["scaler"])
+    for key, now in environment.items():
+        if progress.environment.get(key) != now:
+            log.warning("resumed with %s %s instead of %s: the result may differ in the last bits", key, now,
+                        progress.environment.get(key))  # fmt: skip
+    progress.environment = environment
+    return progress
+
+
+def environment_of(accelerator: Accelerator) -> dict[str, Any]:
+    """What exactness is relative to."""
+    return {
+        "torch": torch.__version__,
+        "device": str(accelerator.device.type),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }

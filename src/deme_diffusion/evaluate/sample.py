@@ -1,0 +1,109 @@
+"""Sampling with any diffusers scheduler: a seed an image, exactly n images, resumed by image index."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from deme_diffusion.config import SamplerSettings
+from deme_diffusion.data.splits import to_pixels
+from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.files import write_json
+from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.rng import seed_of
+
+IMAGES, CURSOR = "images.npy", "work/sampled.json"
+
+
+def image_seeds(seed: int, first: int, count: int) -> list[int]:
+    """Seeds of the images first, first + 1, ...: each image has its own, whatever batch it falls into."""
+    return [seed_of(seed, "image", index) for index in range(first, first + count)]
+
+
+def make_scheduler(denoiser: Denoiser, settings: SamplerSettings) -> Any:
+    """A fresh sampler on the checkpoint's own noise schedule. UserError for an unknown name or too many steps."""
+    import diffusers
+
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    if settings.name not in names:
+        raise UserError(f"sampler: diffusers has no {settings.name!r}{nearest(settings.name, names)}")
+    if settings.num_inference_steps > denoiser.num_train_timesteps:
+        raise UserError(
+            f"sampler {settings.name}: {settings.num_inference_steps} steps, but the model has "
+            f"{denoiser.num_train_timesteps}, the most there can be"
+        )
+    options = {} if settings.timestep_spacing is None else {"timestep_spacing": settings.timestep_spacing}
+    scheduler = getattr(diffusers, settings.name).from_config(denoiser.scheduler.config, **options)
+    scheduler.set_timesteps(settings.num_inference_steps)
+    return scheduler
+
+
+@torch.no_grad()
+def sample(denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, seeds: Sequence[int]) -> torch.Tensor:
+    """One batch (len(seeds), c, h, w) in [-1, 1]. The noise of an image depends on its seed alone."""
+    scheduler = make_scheduler(denoiser, settings)
+    device = next(module.parameters()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.randn(denoiser.sample_shape, generator=generator) for generator in generators]
+    x: torch.Tensor = torch.stack(noise).to(device) * scheduler.init_noise_sigma
+    accepted = inspect.signature(scheduler.step).parameters
+    options = {key: value for key, value in (("eta", settings.eta), ("generator", generators)) if key in accepted}
+    for t in scheduler.timesteps:
+        prediction = denoiser.predict(module, scheduler.scale_model_input(x, t), t.to(device), {})
+        x = scheduler.step(prediction, t, x, **options).prev_sample
+    return x
+
+
+def sample_pixels(
+    denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, *, seed: int, count: int, batch_size: int
+) -> npt.NDArray[np.uint8]:
+    """Exactly `count` images (count, h, w, c) in memory: what a search scores, and previews show."""
+    batches = [
+        to_pixels(sample(denoiser, module, settings, image_seeds(seed, first, min(batch_size, count - first))))
+        for first in range(0, count, batch_size)
+    ]
+    return np.concatenate(batches)
+
+
+def sample_to(
+    folder: Path,
+    denoiser: Denoiser,
+    module: nn.Module,
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Exactly `count` images into `folder/images.npy` (uint8, (count, h, w, c)), going on after the last batch."""
+    path, cursor = folder / IMAGES, folder / CURSOR
+    channels, height, width = denoiser.sample_shape
+    done = _resume_at(path, cursor)
+    mode = "r+" if done else "w+"
+    shape = None if done else (count, height, width, channels)
+    images = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=shape)
+    for first in range(done, count, batch_size):
+        size = min(batch_size, count - first)
+        batch = sample(denoiser, module, settings, image_seeds(seed, first, size))
+        if not torch.isfinite(batch).all():
+            raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
+        images[first : first + size] = to_pixels(batch)
+        images.flush()
+        write_json(cursor, {"done": first + size})
+        progress(first + size)
+
+
+def _resume_at(path: Path, cursor: Path) -> int:
+    import json
+
+    if not (path.is_file() and cursor.is_file()):
+        return 0
+    return int(json.loads(cursor.read_text())["done"])

@@ -1,0 +1,1 @@
+"""Merge: task vectors, methods, streamed application, and the search for weights."""

@@ -1,0 +1,78 @@
+"""The losses of Eq. 2, 4 and 5, per sample; their weighting; and the fixed-noise loss per range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deme_diffusion.config import LossSettings
+from deme_diffusion.data.splits import Split
+from deme_diffusion.division import Runs, from_runs
+from deme_diffusion.models.denoiser import Denoiser, Noised
+from deme_diffusion.rng import generator, normals
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """|| eps - eps_theta(x_t, t) ||^2 of each sample, as a mean over its elements: (b, ...) -> (b,). Eq. 2."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def consistency_loss(prediction: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """|| eps_theta(x_t, t) - eps_theta_i(x_t, t) ||^2 of each sample, to the frozen teacher: (b,). Eq. 4."""
+    return denoising_loss(prediction, teacher.detach())
+
+
+def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """min(SNR, gamma) in the units of the prediction: (T,) -> (T,). Hang et al. 2023, Sec. 3.4."""
+    clipped = snr.clamp(max=gamma)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    # With a zero terminal SNR the epsilon weight is 0/0; its limit is 1.
+    return torch.where(divisor > 0, clipped / divisor, torch.ones_like(snr))
+
+
+@dataclass(frozen=True)
+class FixedNoise:
+    """Held-out images at fixed timesteps and noise: the same points for every model, so that losses compare paired.
+
+    `ranges` are subsets that do not overlap. Every image is drawn `draws` times in each (stratified within it, another
+    view of the image each time); the points of a range depend on its timesteps, not on its place in the list.
+    """
+
+    denoiser: Denoiser
+    split: Split
+    ranges: list[Runs]
+    settings: LossSettings
+    batch_size: int = 256
+
+    def batches(self, runs: Runs, device: torch.device) -> Iterator[Noised]:
+        """The noised batches of one range."""
+        subset, seed, key = from_runs(runs), self.settings.seed, repr(runs)
+        for draw in range(self.settings.draws):
+            images = self.split.view(draw % self.split.settings.views)
+            jitter = generator(seed, "fixed-t", key, draw).random(len(images))
+            t = torch.from_numpy(self.denoiser.timesteps(subset, (draw + jitter) / self.settings.draws))
+            noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, 0, len(images), tuple(images.shape[1:])))
+            for i in range(0, len(images), self.batch_size):
+                x, at, eps = (part[i : i + self.batch_size].to(device) for part in (images, t, noise))
+                yield self.denoiser.noised({"image": x}, at, eps)
+
+    def losses(self, module: nn.Module) -> list[float]:
+        """Mean denoising loss of a module in each range."""
+        device = next(module.parameters()).device
+        return [self._loss(module, self.batches(runs, device)) for runs in self.ranges]
+
+    def overall(self, losses: list[float]) -> float:
+        """The loss over all ranges together: each weighted by the timesteps it holds."""
+        sizes = [len(from_runs(runs)) for runs in self.ranges]
+        return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
+
+    @torch.no_grad()
+    def _loss(self, module: nn.Module, batches: Iterator[Noised]) -> float:
+        losses = [
+            denoising_loss(self.denoiser.predict(module, noised.x_t, noised.t, noised.condition), noised.target)
+            for noised in batches
+        ]
+        return float(torch.cat(losses).double().mean())

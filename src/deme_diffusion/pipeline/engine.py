@@ -1,0 +1,168 @@
+"""Runs a graph's stages here: one after another, or in K processes pinned to devices. Run again is resume."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from deme_diffusion.artefacts import Artefact, Store
+from deme_diffusion.config import Recipe, RuntimeSettings
+from deme_diffusion.errors import Interrupted
+from deme_diffusion.pipeline.graph import Graph, Node
+
+log = logging.getLogger(__name__)
+Finished = Callable[[Node, Artefact, bool], None]
+
+
+def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished) -> None:
+    """Make every stage that is not done, parents first; `finished(node, artefact, reused)` follows each.
+
+    Raises Interrupted when a signal stopped a stage that can go on, and whatever a stage raises.
+    """
+    waiting = []
+    for node in nodes:
+        artefact = store.find(node.key)
+        if artefact is None:
+            waiting.append(node)
+        else:
+            finished(node, artefact, True)
+    if not waiting:
+        return
+    shared = [node for node in waiting if not node.exclusive]
+    alone = [node for node in waiting if node.exclusive]
+    jobs = min(graph.recipe.runtime.jobs, len(shared))
+    if jobs > 1:
+        _run_in_processes(graph, store, shared, jobs, finished)
+    else:
+        _run_here(graph, store, shared, finished)
+    _run_here(graph, store, alone, finished)
+
+
+def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished) -> None:
+    if not nodes:
+        return
+    import torch
+
+    from deme_diffusion.pipeline.stages import Stages
+
+    if graph.recipe.runtime.threads:
+        torch.set_num_threads(graph.recipe.runtime.threads)
+    stages = Stages(graph, store)
+    for node in nodes:
+        log.info("%s", node.label)
+        finished(node, store.produce(node.key, stages.make(node)), False)
+
+
+def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: int, finished: Finished) -> None:
+    """Whatever is ready goes to a free process, the longest training first."""
+    missing = {node.digest: node for node in nodes}
+    running: dict[Future[float], Node] = {}
+    with _environment(graph.recipe.runtime, jobs), _pool(graph, store, jobs) as pool:
+        try:
+            while missing or running:
+                ready = [n for n in missing.values() if not _parents_in(n, missing, running)]
+                for node in sorted(ready, key=lambda n: -n.steps)[: jobs - len(running)]:
+                    log.info("%s", node.label)
+                    running[pool.submit(_run_one, node.digest)] = missing.pop(node.digest)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    node = running.pop(future)
+                    future.result()
+                    artefact = store.find(node.key)
+                    assert artefact is not None, f"{node.label} finished without an artefact"
+                    finished(node, artefact, False)
+        except BaseException as error:
+            _stop(pool, running)
+            if isinstance(error, KeyboardInterrupt | BrokenProcessPool) and not isinstance(error, Interrupted):
+                raise Interrupted("stopped; stages that were training have written checkpoints") from None
+            raise
+
+
+def _parents_in(node: Node, missing: dict[str, Node], running: dict[Future[float], Node]) -> bool:
+    unfinished = {*missing, *(other.digest for other in running.values())}
+    return any(parent.digest in unfinished for parent in node.parents.values())
+
+
+def _stop(pool: ProcessPoolExecutor, running: dict[Future[float], Node]) -> None:
+    """Ask the processes to checkpoint and stop, and wait for them."""
+    for process in getattr(pool, "_processes", {}).values():
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGTERM)
+    for future in running:
+        future.cancel()
+    wait(running, timeout=60)
+
+
+class _environment:
+    """Thread counts that the worker processes inherit: they must be set before torch is imported there."""
+
+    def __init__(self, runtime: RuntimeSettings, jobs: int) -> None:
+        threads = runtime.threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.values, self.before = {"OMP_NUM_THREADS": str(threads)}, dict[str, str | None]()
+
+    def __enter__(self) -> None:
+        self.before = {key: os.environ.get(key) for key in self.values}
+        os.environ.update(self.values)
+
+    def __exit__(self, *error: object) -> None:
+        for key, value in self.before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _pool(graph: Graph, store: Store, jobs: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    level = logging.getLogger().getEffectiveLevel()
+    arguments = (graph.recipe.model_dump(mode="json"), str(store.root), numbers, level)
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=arguments)
+
+
+_worker: Any = None
+
+
+def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -> None:
+    """A worker opens the graph once; on a machine with several GPUs it sees one of them."""
+    global _worker
+    number = numbers.get()
+    devices = _visible_devices()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+    from deme_diffusion.pipeline.stages import Stages
+
+    graph = Graph(Recipe.model_validate(recipe), download=True)
+    _worker = Stages(graph, Store(Path(root)))
+
+
+def _visible_devices() -> list[str]:
+    """CUDA devices of this process, found without importing torch (which would fix the choice)."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+    driver = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_one(digest: str) -> float:
+    started = time.perf_counter()
+    node = _worker.graph.node(digest)
+    _worker.store.produce(node.key, _worker.make(node))
+    return time.perf_counter() - started

@@ -1,0 +1,312 @@
+"""Which stages a recipe consists of, and the digest of each: known before anything runs, and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deme_diffusion.artefacts import Key
+from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainSettings
+from deme_diffusion.data.sources import data_digest
+from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
+from deme_diffusion.errors import UserError
+from deme_diffusion.pipeline.inputs import Input, resolve
+
+StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "evaluate", "cost"]
+
+VERSIONS: dict[StageName, int] = {
+    "pretrain": 1,
+    "extractor": 1,
+    "decouple": 1,
+    "search": 1,
+    "merge": 1,
+    "sample": 1,
+    "evaluate": 1,
+    "cost": 1,
+}
+"""Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One stage with its inputs. `arguments` are for the stage's function; the key says all that shapes the result."""
+
+    key: Key
+    label: str
+    parents: Mapping[str, Node | Input]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    images: int = 0
+    exclusive: bool = False
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.key.stage
+
+    @property
+    def digest(self) -> str:
+        """The key's digest."""
+        return self.key.digest
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A row's model: one component, or the experts of a routed ensemble."""
+
+    name: str
+    parts: tuple[Node | Input, ...]
+    ensemble: bool = False
+
+
+class Graph:
+    """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of."""
+
+    def __init__(self, recipe: Recipe, *, download: bool = False) -> None:
+        self.recipe = recipe
+        self.nodes: list[Node] = []
+        self.data = Input("data", data_digest(recipe.data)[:16], None)
+        self.base = self._base(download)
+        self.extractor = self._extractor(download)
+        self.division = make_division(recipe, self.base)
+        self.experts: dict[int, list[Node]] = {}
+        self.searches: dict[int, Node] = {}
+        self.merged: dict[int, Node] = {}
+        self.evaluations: list[tuple[str, int, Node]] = []
+        self.served: dict[int, list[Served]] = {seed: self._models(seed) for seed in recipe.seeds}
+        self.samples: dict[tuple[str, int], Node] = {}
+        for seed, models in self.served.items():
+            for served in models:
+                self._evaluated(served, seed)
+        self._evaluated(Served("training images", ()), recipe.seeds[0])
+        self.cost = self._cost()
+
+    # -- stages ------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        stage: StageName,
+        label: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, Node | Input],
+        seed: int | None,
+        **options: Any,
+    ) -> Node:
+        key = Key(stage, VERSIONS[stage], settings, {name: parent.digest for name, parent in parents.items()}, seed)
+        known = next((node for node in self.nodes if node.digest == key.digest and node.stage == stage), None)
+        if known is not None:
+            return known
+        self.nodes.append(Node(key, label, parents, **options))
+        return self.nodes[-1]
+
+    def _base(self, download: bool) -> Node | Input:
+        model, settings = self.recipe.model, self.recipe.pretrain
+        if model.pretrained is not None:
+            return resolve(model.pretrained, model.revision, key="model.pretrained", download=download)
+        covered = settings.changed() | _validated(self.recipe, settings)
+        parents = {"data": self.data}
+        return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
+
+    def _extractor(self, download: bool) -> Node | Input:
+        settings = self.recipe.extractor
+        if settings.pretrained is not None:
+            return resolve(settings.pretrained, None, key="extractor.pretrained", download=download)
+        covered = {k: v for k, v in settings.changed().items() if k != "pretrained"}
+        return self._add("extractor", "extractor", covered, {"data": self.data}, self.recipe.seeds[0])
+
+    def _decouple(self, label: str, subset: Runs, steps: int, learning_rate: float, seed: int, copy: int = 0) -> Node:
+        """A training by what shapes it: its subset, steps and rate; not its index nor the division's name."""
+        settings = self.recipe.decouple
+        names = ("num_ranges", "division", "total_steps", "range_steps", "range_learning_rates", "learning_rate")
+        covered = {k: v for k, v in settings.changed().items() if k not in names}
+        covered |= {"subset": subset, "steps": steps, "learning_rate": learning_rate}
+        covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
+        arguments = {"subset": subset, "steps": steps, "learning_rate": learning_rate, "copy": copy}
+        parents = {"base": self.base, "data": self.data}
+        return self._add("decouple", self._named(label, seed), covered, parents, seed, arguments=arguments, steps=steps)
+
+    def _rate(self, index: int) -> float:
+        rates = self.recipe.decouple.range_learning_rates
+        return self.recipe.decouple.learning_rate if rates is None else rates[index]
+
+    def _search(self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings) -> Node:
+        covered = {k: v for k, v in settings.changed().items() if k not in ("method", "weights")}
+        covered |= {"loss": self.recipe.evaluate.loss.changed()} if self.recipe.evaluate.loss.changed() else {}
+        covered |= {"ranges": _served_ranges(self.division)}
+        parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
+        label = self._named(f"{label} weights", seed)
+        return self._add("search", label, covered, parents, seed, arguments={"experts": len(experts)})
+
+    def _merge(self, label: str, experts: Sequence[Node], seed: int, weights: Sequence[float] | Node) -> Node:
+        parents: dict[str, Node | Input] = {"base": self.base, **_numbered(experts)}
+        method = self.recipe.merge.method if self.recipe.merge.method != "none" else "task_arithmetic"
+        covered: dict[str, Any] = {} if method == "task_arithmetic" else {"method": method}
+        if isinstance(weights, Node):
+            parents["search"] = weights
+        else:
+            covered["weights"] = [float(w) for w in weights]
+        arguments = {"experts": len(experts), "method": method}
+        return self._add("merge", self._named(label, seed), covered, parents, None, arguments=arguments)
+
+    def _named(self, label: str, seed: int) -> str:
+        return label if len(self.recipe.seeds) == 1 else f"{label} (seed {seed})"
+
+    # -- the models of the table -------------------------------------------------------------------
+
+    def _models(self, seed: int) -> list[Served]:
+        settings, merge = self.recipe.decouple, self.recipe.merge
+        n, controls = settings.num_ranges, self.recipe.evaluate.controls
+        models = [Served("base", (self.base,))]
+        everything = whole(self.division.num_timesteps)
+        if "all-timesteps" in controls:
+            control = self._decouple("all-timesteps", everything, settings.budget, settings.learning_rate, seed)
+            models.append(Served("all-timesteps", (control,)))
+            if "all-timesteps-searched" in controls:
+                models.append(
+                    Served("all-timesteps-searched", (self._searched("all-timesteps-searched", [control], seed),))
+                )
+        if "soup" in controls:
+            copies = [
+                self._decouple(f"soup copy {i}", everything, settings.steps_of(i), settings.learning_rate, seed, i + 1)
+                for i in range(n)
+            ]
+            models.append(Served("soup", (self._searched("soup", copies, seed),)))
+        experts = [self._expert(i, seed) for i in range(n)]
+        self.experts[seed] = experts
+        models.append(Served("ensemble", tuple(experts), ensemble=True))
+        if merge.method != "none":
+            uniform = self._merge("merged-uniform", experts, seed, [1.0 / n] * n)
+            models.append(Served("merged-uniform", (uniform,)))
+            self.merged[seed] = self._searched("merged", experts, seed)
+            models.append(Served("merged", (self.merged[seed],)))
+        return models
+
+    def _expert(self, index: int, seed: int) -> Node:
+        subset = self.division.subset(index)
+        label = f"expert {index} {name_of(subset)}"
+        return self._decouple(label, subset, self.recipe.decouple.steps_of(index), self._rate(index), seed)
+
+    def _searched(self, label: str, experts: Sequence[Node], seed: int) -> Node:
+        """Merged by the recipe's weights: given, uniform, or found by its search."""
+        merge = self.recipe.merge
+        if merge.search == "none":
+            given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
+            return self._merge(label, experts, seed, given or [1.0 / len(experts)] * len(experts))
+        search = self._search(label, experts, seed, merge)
+        if label == "merged":
+            self.searches[seed] = search
+        return self._merge(label, experts, seed, search)
+
+    # -- measuring ---------------------------------------------------------------------------------
+
+    def _evaluated(self, served: Served, seed: int) -> None:
+        settings = self.recipe.evaluate
+        samples: dict[str, Node | Input] = {}
+        for sampler in settings.samplers if served.parts else ():
+            for number in range(settings.sampling_seeds):
+                node = self._sample(served, sampler, seed * settings.sampling_seeds + number, seed)
+                samples[f"{sampler.label}/{number}"] = node
+                self.samples.setdefault((served.name, seed), node)
+        covered: dict[str, Any] = {"ranges": _served_ranges(self.division), "neighbours": settings.neighbours}
+        covered |= {"loss": settings.loss.changed(), "num_images": settings.num_images}
+        parents = {"data": self.data, "extractor": self.extractor, **_model_parents(served, self.base), **samples}
+        arguments = {"served": served, "samples": list(samples)}
+        label = self._named(f"evaluate {served.name}", seed)
+        node = self._add("evaluate", label, covered, parents, None, arguments=arguments)
+        self.evaluations.append((served.name, seed, node))
+
+    def _sample(self, served: Served, sampler: SamplerSettings, sampling_seed: int, seed: int) -> Node:
+        count = self.recipe.evaluate.num_images
+        covered: dict[str, Any] = {"sampler": sampler.changed(), "num_images": count}
+        covered |= {"route": self.division.as_dict()["route"]} if served.ensemble else {}
+        label = self._named(f"sample {served.name} {sampler.label} #{sampling_seed}", seed)
+        return self._add(
+            "sample",
+            label,
+            covered,
+            _model_parents(served, self.base),
+            sampling_seed,
+            arguments={"served": served, "sampler": sampler},
+            images=count * sampler.num_inference_steps,
+        )
+
+    def _cost(self) -> Node:
+        models = self.served[self.recipe.seeds[0]]
+        parents: dict[str, Node | Input] = {"base": self.base}
+        for served in models:
+            parents |= {f"{served.name}/{i}": part for i, part in enumerate(served.parts)}
+        sampler = self.recipe.evaluate.samplers[0]
+        covered: dict[str, Any] = {"sampler": sampler.changed(), "models": [served.name for served in models]}
+        arguments = {"models": models, "sampler": sampler}
+        # Timings mean nothing beside another training.
+        return self._add("cost", "cost of serving", covered, parents, None, arguments=arguments, exclusive=True)
+
+    @property
+    def extractor_name(self) -> str:
+        """What a metric is named by: the extractor that is given, or `<source>-cnn` for one trained here."""
+        name = self.recipe.extractor.pretrained
+        return f"{self.recipe.data.source}-cnn" if name is None else Path(name.removeprefix("packaged:")).name
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    def node(self, digest: str) -> Node:
+        """The stage of that digest."""
+        return next(node for node in self.nodes if node.digest == digest)
+
+    def needed(self, targets: Sequence[Node]) -> list[Node]:
+        """The targets and all they are made from, in an order that can be run."""
+        wanted: set[str] = set()
+
+        def visit(node: Node) -> None:
+            wanted.add(node.digest)
+            for parent in node.parents.values():
+                if isinstance(parent, Node) and parent.digest not in wanted:
+                    visit(parent)
+
+        for target in targets:
+            visit(target)
+        return [node for node in self.nodes if node.digest in wanted]
+
+    def of_stage(self, stage: str) -> Iterator[Node]:
+        """All stages of one name."""
+        return (node for node in self.nodes if node.stage == stage)
+
+
+def make_division(recipe: Recipe, base: Node | Input) -> Division:
+    """The recipe's division of the base's timesteps. Raises UserError when N does not fit into T."""
+    return DIVISIONS[recipe.decouple.division](recipe.decouple.num_ranges, num_timesteps(recipe, base))
+
+
+def num_timesteps(recipe: Recipe, base: Node | Input) -> int:
+    """T, from the base's scheduler config; 1000 for a hub model that a dry run has not downloaded."""
+    import json
+
+    if isinstance(base, Node):
+        return recipe.pretrain.scheduler.num_train_timesteps
+    if base.path is None:
+        return 1000
+    config = base.path / "scheduler" / "scheduler_config.json"
+    try:
+        return int(json.loads(config.read_text())["num_train_timesteps"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{config}: no readable scheduler config; a diffusers pipeline folder is expected") from None
+
+
+def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:
+    """The validation loss shapes a result only where it picks the weights or stops the training."""
+    loss = recipe.evaluate.loss.changed()
+    return {"loss": loss} if loss and (settings.keep == "best" or settings.early_stopping) else {}
+
+
+def _served_ranges(division: Division) -> list[Runs]:
+    return [division.served(i) for i in range(division.num_experts)]
+
+
+def _numbered(experts: Sequence[Node]) -> dict[str, Node | Input]:
+    return {f"expert {i}": expert for i, expert in enumerate(experts)}
+
+
+def _model_parents(served: Served, base: Node | Input) -> dict[str, Node | Input]:
+    return {"base": base, **{f"model {i}": part for i, part in enumerate(served.parts)}}

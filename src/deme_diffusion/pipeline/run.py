@@ -1,0 +1,184 @@
+"""A run: the run folder with resolved recipe, links, table and page; the whole graph, or some of its stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deme_diffusion.artefacts import Artefact, Store, provenance
+from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
+from deme_diffusion.files import canonical_digest, link, read_jsonl, write_json, write_text
+from deme_diffusion.pipeline import table
+from deme_diffusion.pipeline.engine import run_stages
+from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
+from deme_diffusion.report.card import model_card
+from deme_diffusion.report.page import write_page
+from deme_diffusion.report.tables import Row, write_table
+from deme_diffusion.report.verdict import Verdict, verdict
+
+log = logging.getLogger(__name__)
+RUNS, RUN, STORE = Path("runs"), "run.json", "store"
+GRID_IMAGES = 64
+
+
+@dataclass
+class Run:
+    """An opened run: its recipe, folder, store and graph. `stages` grows as stages finish or are found done."""
+
+    recipe: Recipe
+    folder: Path
+    store: Store
+    graph: Graph
+    command: str = ""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def execute(self, targets: Sequence[Node] | None = None) -> None:
+        """Make the targets (all stages by default) and what they need; note each in `run.json` as it finishes."""
+        self._prepare()
+        nodes = self.graph.nodes if targets is None else self.graph.needed(targets)
+        run_stages(self.graph, self.store, nodes, finished=self._finished)
+        self._link()
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = self.folder / RESOLVED
+        if resolved.exists():
+            there = load(str(self.folder)).recipe
+            if there.model_dump(exclude={"runtime"}) != self.recipe.model_dump(exclude={"runtime"}):
+                raise UserError(f"--out {self.folder}: holds another recipe ({there.name}); choose another folder")
+        write_text(resolved, to_yaml(self.recipe))
+        self._note()
+
+    def _note(self) -> None:
+        # Every stage is named before it exists, so that a clean-up beside a run takes nothing away from it.
+        known = [{"stage": node.stage, "digest": node.digest, "label": node.label} for node in self.graph.nodes]
+        stages = [{**entry, **self.stages.get(entry["digest"], {})} for entry in known]
+        write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
+
+    def _finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
+        log.info("%s: %s", node.label, "done already" if reused else f"done in {artefact.seconds:.1f} s")
+        self.stages[node.digest] = {"seconds": round(artefact.seconds, 2), "reused": reused, "steps": node.steps}
+        self._note()
+
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """Seconds and steps of the stages as the last run noted them."""
+        return {entry["digest"]: entry for entry in read_json(self.folder / RUN)["stages"]}
+
+    def _link(self) -> None:
+        """`base`, `experts/<seed>/<i>` and `merged` beside the table, for whoever opens the folder."""
+        one = len(self.recipe.seeds) == 1
+        base = self.graph.base
+        self._link_to(self.store.folder(base.key) if isinstance(base, Node) else base.folder, "base")
+        for seed, experts in self.graph.experts.items():
+            suffix = "" if one else f"-seed{seed}"
+            for i, expert in enumerate(experts):
+                self._link_to(self.store.folder(expert.key), f"experts{suffix}/{i}")
+            if seed in self.graph.merged:
+                self._link_to(self.store.folder(self.graph.merged[seed].key), f"merged{suffix}")
+
+    def _link_to(self, target: Path, name: str) -> None:
+        if target.exists():
+            link(target, self.folder / name)
+
+    # -- the evidence ------------------------------------------------------------------------------
+
+    def table(self) -> tuple[list[Row], Verdict]:
+        """The rows and what they allow to say, written as JSON, markdown and CSV."""
+        rows = table.rows(self.graph, self.store, self.graph.extractor_name)
+        write_table(rows, self.folder)
+        return rows, verdict(rows)
+
+    def report(self) -> Path:
+        """Table, page and model card from what the stages left; computes nothing anew."""
+        rows, said = self.table()
+        content = self.content(rows)
+        write_text(self.folder / "model_card.md", model_card(content))
+        page = write_page(self.folder, content)
+        log.info("%s", said.sentence)
+        return page
+
+    def content(self, rows: list[Row]) -> dict[str, Any]:
+        """What the page and the card show."""
+        seed = self.recipe.seeds[0]
+        division = self.graph.division.as_dict()
+        content: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "description": self.recipe.description,
+            "demonstration": self.recipe.demonstration,
+            "command": self.command,
+            "recipe_yaml": to_yaml(self.recipe),
+            "table": rows,
+            "stages": [{"stage": n.stage, "label": n.label, "digest": n.digest, **self.stages.get(n.digest, {})}
+                       for n in self.graph.nodes],
+            "provenance": {key: str(value) for key, value in provenance().items()},
+            "division": division,
+            "curves": self._curves(seed),
+            "grids": self._grids(seed),
+            "base_model": self.graph.base.label,
+            "merged_path": str(self.folder / ("merged" if len(self.recipe.seeds) == 1 else f"merged-seed{seed}")),
+        }  # fmt: skip
+        if seed in self.graph.merged:
+            content |= self._weights(seed)
+        return content
+
+    def _weights(self, seed: int) -> dict[str, Any]:
+        experts = self.recipe.decouple.num_ranges
+        merged = self.store.find(self.graph.merged[seed].key)
+        weights = {"merged-uniform": [1.0 / experts] * experts}
+        weights |= {"merged": merged.results["weights"]} if merged else {}
+        search = self.graph.searches.get(seed)
+        found = read_json(self.store.folder(search.key) / "search.json") if search else None
+        return {"weights": weights, "search": found}
+
+    def _curves(self, seed: int) -> dict[str, Any]:
+        training, validation = {}, {}
+        nodes = [
+            *self.graph.experts[seed],
+            *(p for s in self.graph.served[seed] for p in s.parts if isinstance(p, Node)),
+        ]
+        for node in nodes:
+            folder = self.store.folder(node.key)
+            if not (folder / "loss.jsonl").exists():
+                continue
+            training[node.label] = [[r["step"], r["denoising"]] for r in read_jsonl(folder / "loss.jsonl")]
+            validation[node.label] = [[r["step"], r["own"]] for r in read_jsonl(folder / "validation.jsonl")]
+        return {"training loss": training, "validation loss": validation}
+
+    def _grids(self, seed: int) -> dict[str, str]:
+        """The same seeds before and after, as links from the run folder."""
+        import numpy as np
+
+        grids = {}
+        for name in ("base", "all-timesteps", "ensemble", "merged"):
+            node = self.graph.samples.get((name, seed))
+            if node is None or not (self.store.folder(node.key) / "images.npy").exists():
+                continue
+            images = np.load(self.store.folder(node.key) / "images.npy", mmap_mode="r")[:GRID_IMAGES]
+            path = self.folder / "figures" / f"{name}.npy"
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, np.array(images))
+            grids[name] = f"figures/{name}.npy"
+        return grids
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    import json
+
+    return json.loads(path.read_text())
+
+
+def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", download: bool = True) -> Run:
+    """The run of a recipe in `out`, the folder it came from, or `runs/<recipe>` (`+<digest8>` with overrides)."""
+    recipe, folder = loaded.recipe, out or loaded.folder
+    if folder is None:
+        changes = {key: value for key, value in loaded.overrides.items() if not key.startswith("runtime.")}
+        suffix = f"+{canonical_digest(changes)[:8]}" if changes else ""
+        folder = RUNS / f"{recipe.name}{suffix}"
+    store = Store(folder.parent / STORE)
+    return Run(recipe, folder, store, Graph(recipe, download=download), command)

@@ -1,0 +1,118 @@
+"""The rows of a run's table, from what the evaluate and cost stages left. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from deme_diffusion.artefacts import Store
+from deme_diffusion.division import name_of
+from deme_diffusion.evaluate.metrics import mean_and_spread
+from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.report.tables import Figure, Row
+
+SCORES = ("FD", "KID", "precision", "recall")
+PREPROCESSING = "8-bit, [-1, 1], not resized"
+MEGABYTE = 1e6
+
+
+def rows(graph: Graph, store: Store, extractor: str) -> list[Row]:
+    """One row a model, in the order of the table; the score of real training images last."""
+    measured: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, seed, node in graph.evaluations:
+        measured.setdefault(name, {})[seed] = _read(store, node, "metrics.json")
+    costs = _read(store, graph.cost, "cost.json")
+    result: list[Row] = []
+    for name, by_seed in measured.items():
+        metrics: dict[str, Figure] = {}
+        if name != "training images":
+            metrics |= _losses(graph, by_seed)
+        metrics |= _image_scores(graph, by_seed, extractor)
+        if name in costs["models"]:
+            metrics |= _costs(graph, costs, name)
+        result.append({"model": name, "metrics": metrics})
+    return result
+
+
+def _read(store: Store, node: Node, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((store.folder(node.key) / name).read_text())
+    return values
+
+
+def _losses(graph: Graph, by_seed: dict[int, dict[str, Any]]) -> dict[str, Figure]:
+    """The fixed-noise loss overall and per range: the same points for every model and seed."""
+    losses = [measured["losses"] for measured in by_seed.values()]
+    names = [f"loss {name_of(graph.division.served(i))}" for i in range(graph.division.num_experts)]
+    points = losses[0]["points"]
+    figures = {"loss": _loss_figure(graph, [loss["overall"] for loss in losses], by_seed, sum(points))}
+    for i, name in enumerate(names):
+        figures[name] = _loss_figure(graph, [loss["ranges"][i] for loss in losses], by_seed, points[i])
+    return figures
+
+
+def _loss_figure(graph: Graph, values: list[float], by_seed: dict[int, Any], points: int) -> Figure:
+    loss = graph.recipe.evaluate.loss
+    protocol = {"loss": "fixed noise", "draws": loss.draws, "seed": loss.seed, "n": points, "split": "report"}
+    return _figure(values, points, list(by_seed), protocol)
+
+
+def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: str) -> dict[str, Figure]:
+    settings, figures = graph.recipe.evaluate, dict[str, Figure]()
+    reference = next(iter(by_seed.values()))["reference_images"]
+    for sampler in settings.samplers:
+        protocol = {
+            "extractor": f"{extractor} {graph.extractor.digest}",
+            "preprocessing": PREPROCESSING,
+            "sampler": sampler.name,
+            "steps": sampler.num_inference_steps,
+            "eta": sampler.eta,
+            "n": settings.num_images,
+            "split": "report",
+            "reference": reference,
+            "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
+        }
+        for score in SCORES:
+            values, count = _values(by_seed, sampler.label, score)
+            name = f"{score}({extractor})" if score in ("FD", "KID") else score
+            figures[f"{name} {sampler.label}"] = _figure(values, count, list(by_seed), {**protocol, "n": count})
+    return figures
+
+
+def _values(by_seed: dict[int, dict[str, Any]], sampler: str, score: str) -> tuple[list[float], int]:
+    """A value for each training seed (mean over its sampling seeds); with one training seed, its sampling seeds'."""
+    found = []
+    for measured in by_seed.values():
+        sets = [s for name, s in measured["images"].items() if name in ("real",) or name.rpartition("/")[0] == sampler]
+        found.append([float(images[score]) for images in sets])
+        count = int(sets[0]["n"])
+    return (found[0] if len(found) == 1 else [sum(v) / len(v) for v in found]), count
+
+
+def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
+    cost, protocol = costs["models"][name], {"batch": costs["batch_size"]}
+    seeds = [graph.recipe.seeds[0]]
+    timing = {
+        **protocol,
+        "threads": costs["threads"],
+        "sampler": graph.recipe.evaluate.samplers[0].label,
+        "per": "step",
+    }
+    latency: Figure = {
+        "mean": cost["latency"],
+        "spread": cost["latency_spread"],
+        "n": costs["repeats"],
+        "seeds": seeds,
+        "protocol": timing,
+    }
+    return {
+        "parameters": _figure([cost["parameters"]], 1, seeds, {"counted": "kept to serve"}),
+        "latency (ms)": latency,
+        "peak memory (MB)": _figure([cost["peak_memory"] / MEGABYTE], 1, seeds, {**protocol, "counted": "tensors"}),
+        "disk (MB)": _figure([cost["disk"] / MEGABYTE], 1, seeds, {"counted": "weight files"}),
+    }
+
+
+def _figure(values: Sequence[float], n: int, seeds: list[int], protocol: dict[str, Any]) -> Figure:
+    mean, spread = mean_and_spread(values)
+    return {"mean": mean, "spread": spread, "n": n, "seeds": seeds, "protocol": protocol}

@@ -1,0 +1,119 @@
+"""Recipes: the packaged ones, and how a name, a YAML file or a run folder becomes a checked `Recipe`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deme_diffusion.config import Recipe, keys_of, parse
+from deme_diffusion.errors import UserError, nearest
+
+PACKAGED = Path(__file__).parent
+RESOLVED = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe with the overrides it was given; `folder` is set when it was read from a run folder."""
+
+    recipe: Recipe
+    overrides: dict[str, Any]
+    folder: Path | None = None
+
+
+def packaged() -> dict[str, str]:
+    """Name -> description of the recipes that ship."""
+    files = sorted(PACKAGED.glob("*.yaml"))
+    return {file.stem: str(_read(file).get("description", "")).strip() for file in files}
+
+
+def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
+    """The recipe that a packaged name, a YAML path or a run folder stands for, with KEY=VALUE overrides.
+
+    Raises UserError in one line: what, where, the nearest valid value.
+    """
+    path, folder = _find(reference)
+    changes = dict(_override(text) for text in overrides)
+    values = _resolved(path)
+    for dotted, value in changes.items():
+        _set(values, dotted, value)
+    return Loaded(parse(values, where=str(reference)), changes, folder)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe with every default written out; reading it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def _find(reference: str) -> tuple[Path, Path | None]:
+    path = Path(reference)
+    if (PACKAGED / f"{reference}.yaml").is_file():
+        return PACKAGED / f"{reference}.yaml", None
+    if path.is_dir():
+        if not (path / RESOLVED).is_file():
+            raise UserError(f"{path}: no {RESOLVED} in it, so it is no run folder")
+        return path / RESOLVED, path
+    if path.is_file():
+        return path, None
+    raise UserError(
+        f"{reference}: no such recipe, file or run folder{nearest(reference, packaged())}; see: deme recipes"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is a {type(values).__name__}")
+    return values
+
+
+def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's values over those of the recipe that its `extends` names, whose name is not inherited."""
+    values = _read(path)
+    parent = values.pop("extends", None)
+    values.setdefault("name", path.stem)
+    if parent is None:
+        return values
+    source, _ = _find(str(parent))
+    if source in (*above, path):
+        raise UserError(f"{path}: extends itself through {parent}")
+    return _merged(_resolved(source, (*above, path)), values)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if mappings else value
+    return result
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text}: an override is KEY=VALUE, as in decouple.num_ranges=2")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: the value is not YAML") from None
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    valid = keys_of(parents)
+    if last not in valid:
+        raise UserError(f"{dotted}: unknown key{nearest(last, valid)}")
+    for part in parents:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    values[last] = value

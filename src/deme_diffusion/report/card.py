@@ -1,0 +1,118 @@
+"""The model card of the merged model: a README.md as model hubs read it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from deme_diffusion.report.tables import escape_markdown, markdown
+from deme_diffusion.report.verdict import verdict
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DEMONSTRATION = (
+    "This is a demonstration of the mechanism on a small data set; its figures are no evidence about the method."
+)
+CITATION = """@inproceedings{ma2025decouple,
+  title     = {Decouple-Then-Merge: Finetune Diffusion Models as Multi-Task Learning},
+  author    = {Ma, Qianli and Ning, Xuefei and Liu, Dongrui and Niu, Li and Zhang, Linfeng},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2025},
+  note      = {arXiv:2410.06664}
+}"""
+
+
+def model_card(run: Mapping[str, Any]) -> str:
+    """A README.md with YAML front matter; `run` is run.json, and `base_model` may name the base's hub id."""
+    sections = [
+        _front_matter(run),
+        _what(run),
+        _section("Results", markdown(run["table"]) if run.get("table") else ""),
+        _section("Merge weights", _weights(run)),
+        _section("How it was made", _made(run)),
+        _section("Limits", _limits(run)),
+        _section("Use", "Stock diffusers loads it; nothing else is needed.\n\n" + fenced(loading_lines(run), "python")),
+        _section("Citation", fenced(CITATION, "bibtex")),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def loading_lines(run: Mapping[str, Any]) -> str:
+    """Three lines of Python that load the merged model and sample (`sample_call` overrides the third)."""
+    where = json.dumps(str(run.get("merged_path", "merged")), ensure_ascii=False)
+    call = run.get("sample_call", "pipeline(batch_size=16).images")
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({where})\n"
+        f"images = {call}"
+    )
+
+
+def subset_names(subsets: Sequence[Sequence[Sequence[int]]]) -> list[str]:
+    """Each subset by its timestep ranges, `[0,250)`; one of more than two ranges by its size."""
+    return [
+        "+".join(f"[{lo},{hi})" for lo, hi in runs)
+        if len(runs) <= 2
+        else f"{sum(hi - lo for lo, hi in runs)} timesteps in {len(runs)} ranges"
+        for runs in subsets
+    ]
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _front_matter(run: Mapping[str, Any]) -> str:
+    front: dict[str, Any] = {"library_name": "diffusers"}
+    base = run.get("base_model")
+    if isinstance(base, str) and HUB_NAME.fullmatch(base):
+        front["base_model"] = base
+    front["tags"] = ["diffusers", "diffusion", "model-merging", "decouple-then-merge", "deme-diffusion"]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
+
+
+def _what(run: Mapping[str, Any]) -> str:
+    what = (
+        "A diffusion model of the base's architecture, size and cost: copies of the base were finetuned as experts on"
+        " subsets of the timesteps, and their task vectors merged into one set of weights (decouple-then-merge)."
+    )
+    title = f"# {escape_markdown(str(run.get('recipe', 'merged model')))}"
+    return "\n\n".join(part for part in (title, escape_markdown(str(run.get("description", ""))), what) if part)
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _weights(run: Mapping[str, Any]) -> str:
+    weights: Mapping[str, Sequence[float]] = run.get("weights") or {}
+    if not weights:
+        return ""
+    names = subset_names((run.get("division") or {}).get("subsets", []))
+    width = max(map(len, weights.values()))
+    names = names if len(names) == width else [f"w_{i}" for i in range(width)]
+    lines = ["| model | " + " | ".join(names) + " |", "| --- |" + " ---: |" * width]
+    for label, values in weights.items():
+        lines.append(f"| {escape_markdown(label)} | " + " | ".join(f"{value:.4g}" for value in values) + " |")
+    search = run.get("search")
+    how = (
+        f"\n\nFound by {escape_markdown(search['method'])} on {escape_markdown(search['objective'])}, "
+        if search
+        else ""
+    )
+    return "\n".join(lines) + how + (f"{len(search['trials'])} trials." if search else "")
+
+
+def _made(run: Mapping[str, Any]) -> str:
+    command = f"Made with deme-diffusion by\n\n{fenced(run['command'], 'sh')}" if run.get("command") else ""
+    recipe = f"from the recipe\n\n{fenced(run['recipe_yaml'], 'yaml')}" if run.get("recipe_yaml") else ""
+    return "\n\n".join(part for part in (command, recipe) if part)
+
+
+def _limits(run: Mapping[str, Any]) -> str:
+    evidence = escape_markdown(verdict(run["table"]).sentence) if run.get("table") else ""
+    shared = "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on."
+    return "\n\n".join(part for part in (DEMONSTRATION if run.get("demonstration") else "", evidence, shared) if part)

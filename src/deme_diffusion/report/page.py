@@ -1,0 +1,166 @@
+"""The page of a run: one self-contained HTML file, no scripts, nothing fetched, every text escaped."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from deme_diffusion.files import write_text
+from deme_diffusion.report.card import DEMONSTRATION, loading_lines, subset_names
+from deme_diffusion.report.cells import (
+    REAL_IMAGES,
+    Row,
+    cells,
+    decimals_for,
+    direction,
+    protocol_lines,
+    protocol_text,
+    reason_lines,
+)
+from deme_diffusion.report.figures import curves, division_picture, sample_grid, weights_bars
+from deme_diffusion.report.tables import check_protocols
+from deme_diffusion.report.verdict import verdict
+
+GRID_WIDTH, GRID_COLUMNS, GRID_IMAGES = 400, 8, 64  # a grid's pixels across, and how many images it shows
+FIRST = ("base", "merged")  # so that they are in sight where the table has to be scrolled
+PRINTED = ("description", "command", "recipe_yaml", "stages", "provenance")  # what the template takes as it is
+BADGES = {True: "helps", False: "no gain shown", None: "not conclusive"}
+
+
+def write_page(run_folder: Path, run: Mapping[str, Any]) -> Path:
+    """Write report.html into the run folder, atomically; grids are read relative to that folder."""
+    path = run_folder / "report.html"
+    write_text(path, render_page(run, run_folder))
+    return path
+
+
+def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
+    """The page as text; `run` is run.json, a section whose key is missing is left out."""
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    rows: list[Row] = run.get("table") or []
+    check_protocols(rows)
+    return environment.get_template("page.html").render(
+        run={**dict.fromkeys(PRINTED), **run},
+        title=str(run.get("recipe", "run")),
+        demonstration=DEMONSTRATION if run.get("demonstration") else "",
+        verdict=_verdict(rows),
+        table=_table(rows),
+        grids=_grids(run, folder),
+        curves=_curves(run),
+        weights=_weights(run),
+        search=_search(run),
+        division=_division(run),
+        loading=loading_lines(run) if run.get("merged_path") else "",
+        seconds=_seconds,
+    )
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes as the address of an image, e.g. kind `image/png`."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _svg(data: bytes) -> str:
+    return data_uri(data, "image/svg+xml")
+
+
+def _verdict(rows: list[Row]) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    result = verdict(rows)
+    kind = {True: "yes", False: "no", None: "open"}[result.helps]
+    return {"sentence": result.sentence, "badge": BADGES[result.helps], "kind": kind}
+
+
+def _table(rows: list[Row]) -> dict[str, Any] | None:
+    """Models across (base and merged first), metrics down; a rule above each group that shares one protocol."""
+    if not rows:
+        return None
+    rows = sorted(rows, key=lambda row: FIRST.index(row["model"]) if row["model"] in FIRST else len(FIRST))
+    kinds = [{"merged": "ours", REAL_IMAGES: "real"}.get(row["model"], "") for row in rows]
+    lines, protocol = [], ""
+    for metric, line in cells(rows).items():
+        before, protocol = protocol, protocol_text(rows, metric)
+        arrow = {"lower": "↓", "higher": "↑", None: ""}[direction(metric)]
+        parts = [(kind, cell.best, *cell.text.partition(" ± ")[::2]) for kind, cell in zip(kinds, line, strict=True)]
+        lines.append({"metric": metric, "cells": parts, "rule": protocol != before, "arrow": arrow})
+    models = list(zip(kinds, (row["model"] for row in rows), strict=True))
+    return {"models": models, "lines": lines, "notes": protocol_lines(rows) + reason_lines(rows)}
+
+
+def _grids(run: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    return [_grid(label, folder / path) for label, path in (run.get("grids") or {}).items()]
+
+
+def _grid(label: str, path: Path) -> dict[str, Any]:
+    """A grid as an image, or the reason why there is none; pickles are never loaded."""
+    try:
+        images: NDArray[np.uint8] = np.load(path, allow_pickle=False)[:GRID_IMAGES]
+        scale = max(1, GRID_WIDTH // (GRID_COLUMNS * (images.shape[2] + 1)))
+        src = data_uri(sample_grid(images, GRID_COLUMNS, scale), "image/png")
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        return {"label": label, "src": "", "note": f"{path.name}: {error}"}
+    return {"label": label, "src": src, "note": f"{len(images)} {'images' if label == REAL_IMAGES else 'samples'}"}
+
+
+def _curves(run: Mapping[str, Any]) -> list[dict[str, str]]:
+    plots = ((name, series) for name, series in (run.get("curves") or {}).items() if series)
+    return [{"name": name, "lines": ", ".join(series), "src": _svg(curves(series, name))} for name, series in plots]
+
+
+def _names(run: Mapping[str, Any], count: int) -> list[str]:
+    """The subsets by their ranges where the division is known, else w_0, w_1 ..."""
+    names = subset_names((run.get("division") or {}).get("subsets", []))
+    return names if len(names) == count else [f"w_{i}" for i in range(count)]
+
+
+def _weights(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    weights: Mapping[str, list[float]] = run.get("weights") or {}
+    if not weights:
+        return None
+    names = _names(run, max(map(len, weights.values())))
+    return {"names": names, "values": weights, "src": _svg(weights_bars(weights, names))}
+
+
+def _search(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The search's trials, the best one marked (lowest, unless the objective is known to be better when higher)."""
+    search = run.get("search")
+    if not search or not search.get("trials"):
+        return None
+    trials = search["trials"]
+    pick = max if direction(search["objective"]) == "higher" else min
+    best = pick(range(len(trials)), key=lambda i: trials[i]["value"])
+    names = _names(run, max(len(trial["weights"]) for trial in trials))
+    decimals = 1 + decimals_for(trial["value"] for trial in trials)
+    values = [f"{trial['value']:.{decimals}f}" for trial in trials]
+    return {**search, "best": best, "names": names, "values": values}
+
+
+def _division(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    division = run.get("division")
+    if not division:
+        return None
+    total = division["num_train_timesteps"]
+    member, route = np.zeros((len(division["subsets"]), total), np.bool_), np.full(total, -1)
+    for row, runs in zip(member, division["subsets"], strict=True):
+        for lo, hi in runs:
+            row[lo:hi] = True
+    for lo, hi, index in division["route"]:
+        route[lo:hi] = index
+    names = subset_names(division["subsets"])
+    return {"src": _svg(division_picture(member, route)), "names": names, "total": total}
+
+
+def _seconds(value: float) -> str:
+    """Seconds for people: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,121 @@
+"""What a table allows one to say about the merged model, against the base and the best honest control."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deme_diffusion.report.cells import Figure, Row, figure_decimals, metric_names, number
+
+CONTROLS = ("all-timesteps", "soup", "all-timesteps-searched")
+Outcome = Literal["lower", "higher", "within", "one seed"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """merged minus another model: `difference` ± `spread` = sqrt(s1^2 + s2^2), over `seeds` seeds each."""
+
+    metric: str
+    other: str
+    merged: Figure
+    theirs: Figure
+    difference: float
+    spread: float | None
+    seeds: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`helps` is True only beyond the spread, everywhere; False: not shown; None: the table cannot tell."""
+
+    sentence: str
+    helps: bool | None
+    comparisons: list[Comparison]
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """Compare `merged` with `base` and the best control present, in every FD column."""
+    models = {row["model"]: row["metrics"] for row in rows}
+    pairs = [_compare_column(models, metric) for metric in metric_names(rows) if metric.startswith("FD")]
+    pairs = [pair for pair in pairs if pair]
+    if not pairs:
+        return Verdict("The table has no FD of both merged and base, so nothing can be concluded.", None, [])
+    comparisons = [comparison for pair in pairs for comparison in pair]
+    helps = _helps(pairs)
+    sentences = [_sentence(pair) for pair in pairs]
+    return Verdict(" ".join([*sentences, _conclusion(comparisons, helps)]), helps, comparisons)
+
+
+def _compare_column(models: dict[str, dict[str, Figure]], metric: str) -> list[Comparison]:
+    """[against base, against the best control, where one is present]; empty where merged or base has no figure."""
+    means = {name: f["mean"] for name, figures in models.items() if (f := figures.get(metric))}
+    known = {name: mean for name, mean in means.items() if mean is not None and math.isfinite(mean)}
+    if "merged" not in known or "base" not in known:
+        return []
+    others = ["base", *sorted((c for c in CONTROLS if c in known), key=lambda c: known[c])[:1]]
+    return [_compare(metric, other, models["merged"][metric], models[other][metric]) for other in others]
+
+
+def _compare(metric: str, other: str, merged: Figure, theirs: Figure) -> Comparison:
+    assert merged["mean"] is not None and theirs["mean"] is not None
+    difference = merged["mean"] - theirs["mean"]
+    seeds = min(len(merged["seeds"]), len(theirs["seeds"]))
+    if seeds < 2 or merged["spread"] is None or theirs["spread"] is None:
+        return Comparison(metric, other, merged, theirs, difference, None, seeds, "one seed")
+    spread = math.hypot(merged["spread"], theirs["spread"])
+    outcome: Outcome = "within" if abs(difference) <= spread else "lower" if difference < 0 else "higher"
+    return Comparison(metric, other, merged, theirs, difference, spread, seeds, outcome)
+
+
+def _helps(pairs: Sequence[Sequence[Comparison]]) -> bool | None:
+    outcomes = {comparison.outcome for pair in pairs for comparison in pair}
+    if "one seed" in outcomes:
+        return None
+    if outcomes != {"lower"}:
+        return False
+    return True if all(len(pair) == 2 for pair in pairs) else None
+
+
+def _sentence(pair: Sequence[Comparison]) -> str:
+    figures = [pair[0].merged, *(c.theirs for c in pair)]
+    decimals = figure_decimals(figures)
+    merged, *theirs = (number(figure, decimals) for figure in figures)
+    metric = pair[0].metric
+    if any(c.outcome == "one seed" for c in pair):
+        listed = " and ".join(f"{c.other}'s {text}" for c, text in zip(pair, theirs, strict=True))
+        return f"merged has {metric} {merged} against {listed}."
+    start = _against_base(pair[0], f"{merged} against {theirs[0]}")
+    return start + (_against_control(pair[0].outcome, pair[1], theirs[1]) if len(pair) == 2 else ".")
+
+
+def _against_base(c: Comparison, numbers: str) -> str:
+    if c.outcome == "within":
+        return f"merged and base ({numbers}) have no difference in {c.metric} that {c.seeds} seeds can show"
+    return f"merged has {c.outcome} {c.metric} than base ({numbers})"
+
+
+def _against_control(base: Outcome, c: Comparison, figure: str) -> str:
+    """The rest of the sentence; it reads differently after a gain over the base than after none."""
+    control, nothing = f"{c.other} ({figure})", f"no difference that {c.seeds} seeds can show"
+    if base == "lower":
+        return {
+            "lower": f", and than {control}.",
+            "within": f", but not than {control}: {nothing}.",
+            "higher": f", but not than {control}, which is lower.",
+        }[c.outcome]
+    return {
+        "lower": f"; it is lower than {control}.",
+        "within": f"; against {control}, {nothing}.",
+        "higher": f"; {control} is lower.",
+    }[c.outcome]
+
+
+def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
+    if any(c.outcome == "one seed" for c in comparisons):
+        return "Nothing can be concluded from one seed."
+    if helps is None:
+        return "Without a control of equal budget in every FD column, the gain cannot be credited to decoupling."
+    if helps:
+        return "So here decouple-then-merge helps."
+    return "So decouple-then-merge is not shown to help here."
