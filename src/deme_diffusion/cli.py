@@ -14,10 +14,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """As usual, but an interruption is ours to tell: typer would exit without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("nothing is lost") from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="deme",
     help="Decouple a diffusion model into experts on timestep ranges, merge them into one model of the same cost.",
     no_args_is_help=True,
@@ -216,8 +228,7 @@ def _show_plan(opened: Any, as_json: bool, only: set[str] | None = None) -> None
 
 
 def _show_table(opened: Any, as_json: bool) -> None:
-    page = opened.report()
-    rows, said = opened.table()
+    rows, said = opened.report()
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -228,7 +239,7 @@ def _show_table(opened: Any, as_json: bool) -> None:
     console = Console(soft_wrap=False)
     console.print(rich_table(rows, width=console.width))
     print(said.sentence)
-    for path in (opened.folder / "merged", page):
+    for path in (opened.folder / "merged", opened.folder / "report.html"):
         if path.exists():
             print(path)
 
@@ -241,7 +252,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error), 2)
     except (Interrupted, KeyboardInterrupt) as error:
-        _fail(f"interrupted: {error or 'nothing is lost'}; run the same command again to go on", 130)
+        _fail(f"interrupted: {str(error) or 'nothing is lost'}; run the same command again to go on", 130)
     except MachineError as error:
         _fail(str(error), 1)
     except OSError as error:

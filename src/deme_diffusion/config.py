@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deme_diffusion.errors import UserError, nearest
 
@@ -107,6 +107,11 @@ class TrainSettings(Settings):
     validation_steps: Positive = Field(500, description="steps between fixed-noise losses on the search split")
     keep: Literal["best", "last"] = Field("last", description="which weights the artefact holds, by validation loss")
     early_stopping: NonNegative = Field(0, description="validations without a better loss before stopping; 0 is off")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML makes of an unquoted `no`
 
 
 class PretrainSettings(TrainSettings):

@@ -108,7 +108,8 @@ def to_runs(timesteps: npt.NDArray[np.int64]) -> Runs:
 
 def from_runs(runs: Runs) -> npt.NDArray[np.int64]:
     """The sorted timesteps (k,) of half-open runs; the inverse of `to_runs`."""
-    return np.concatenate([np.arange(lo, hi, dtype=np.int64) for lo, hi in runs])
+    parts = [np.arange(lo, hi, dtype=np.int64) for lo, hi in runs]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def name_of(runs: Runs) -> str:

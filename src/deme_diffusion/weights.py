@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.files import replacing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 State = dict[str, torch.Tensor]
+Header = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
@@ -33,6 +37,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def check_component(folder: Path) -> list[Path]:
@@ -41,7 +46,7 @@ def check_component(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no config.json; a diffusers component folder is expected")
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _shards(index)
     else:
         names = [WEIGHTS_NAME]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -53,6 +58,13 @@ def check_component(folder: Path) -> list[Path]:
             )
         raise UserError(f"{folder / missing[0]}: missing ({len(missing)} of {len(names)} weight files)")
     return [folder / name for name in names]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not an index of safetensors shards; fetch or make it again") from None
 
 
 class Weights:
@@ -91,9 +103,12 @@ class Weights:
         """Shape, without reading the tensor."""
         return tuple(self._owner[key].get_slice(key).get_shape())
 
-    def dtype(self, key: str) -> str:
-        """Safetensors name of the dtype (`F32`), without reading the tensor."""
-        return str(self._owner[key].get_slice(key).get_dtype())
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype, without reading the tensor. Raises UserError for one that we cannot write again."""
+        name = str(self._owner[key].get_slice(key).get_dtype())
+        if name not in _DTYPES:
+            raise UserError(f"{self._file[key]}: {key} is {name}, a dtype that is not supported")
+        return _DTYPES[name]
 
     def layout(self) -> dict[str, list[str]]:
         """File name -> its keys: a merged model is sharded like its base."""
@@ -132,54 +147,58 @@ def check_same_keys(base: Weights, other: Weights) -> None:
 
 
 class StreamWriter:
-    """Writes one safetensors file tensor by tensor: the header first, from the shapes; then the data in its order.
+    """Writes one safetensors file tensor by tensor: the header first, from the shapes, then the data as `keys` says.
 
-    `header`: key -> (dtype, shape). Tensors must be `write`n in that order; `close` checks that all were.
+    `header`: key -> (dtype, shape). Use `stream_to`, which leaves no half file.
     """
 
-    def __init__(
-        self, path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-    ) -> None:
-        self.path, self._expected = path, list(header)
+    def __init__(self, file: BinaryIO, header: Header, metadata: Mapping[str, str]) -> None:
+        # Without holes, as the format wants it, only wide elements first keep every tensor aligned to its own.
+        self.keys = sorted(header, key=lambda key: -header[key][0].itemsize)
+        self._file, self._header, self._written = file, header, 0
         entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         offset = 0
-        for key, (dtype, shape) in header.items():
-            size = torch.empty(0, dtype=dtype).element_size() * int(torch.Size(shape).numel())
+        for key in self.keys:
+            dtype, shape = header[key]
+            if dtype not in _NAMES:
+                raise ValueError(f"{key}: safetensors has no {dtype}")
+            size = dtype.itemsize * prod(shape)
             entries[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
-        self._file: BinaryIO = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
-        """Append one tensor; raises ValueError out of order."""
-        if not self._expected or self._expected.pop(0) != key:
+        """Append one tensor; raises ValueError out of order, or when it is not what the header says."""
+        if self.keys[self._written : self._written + 1] != [key]:
             raise ValueError(f"{key}: written out of order")
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if (tensor.dtype, tuple(tensor.shape)) != self._header[key]:
+            raise ValueError(f"{key}: {tensor.dtype} {tuple(tensor.shape)}, announced as {self._header[key]}")
+        self._file.write(_bytes(tensor))
+        self._written += 1
 
-    def close(self) -> None:
-        """Flush to the disk; raises ValueError when tensors are missing."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._expected:
-            raise ValueError(f"{self.path}: {len(self._expected)} tensors were never written")
+    def finish(self) -> None:
+        """Raises ValueError when tensors are missing."""
+        if self._written < len(self.keys):
+            raise ValueError(f"{len(self.keys) - self._written} tensors were never written")
+
+
+@contextmanager
+def stream_to(path: Path, header: Header, metadata: Mapping[str, str]) -> Iterator[StreamWriter]:
+    """A StreamWriter whose file becomes `path` when the block ends well; otherwise what was there is kept."""
+    with replacing(path) as file:
+        writer = StreamWriter(file, header, metadata)
+        yield writer
+        writer.finish()
 
 
 def save_state(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A state as one safetensors file, written beside and renamed, so that no half file stands under the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in state.items()},
-            temporary,
-            {"format": "pt", **(metadata or {})},
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A state as one safetensors file; no half file ever stands under the name."""
+    header = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
+    with stream_to(path, header, metadata or {}) as writer:
+        for key in writer.keys:
+            writer.write(key, state[key])
 
 
 def load_state(path: Path) -> State:
@@ -192,11 +211,11 @@ def load_state(path: Path) -> State:
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bits of a state."""
     digest = hashlib.sha256()
-    for key, tensor in _sorted(state):
+    for key, tensor in sorted(state.items()):
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-def _sorted(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from sorted(state.items())
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

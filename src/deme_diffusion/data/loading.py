@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ def steps(split: Split, order: Order, *, seed: int, start: int, stop: int, worke
         sampler=indices,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # or the loader draws from the global one, which dropout relies on
     )
     micro: list[Batch] = []
@@ -72,3 +74,9 @@ def steps(split: Split, order: Order, *, seed: int, start: int, stop: int, worke
         if len(micro) == order.accumulation:
             yield micro
             micro = []
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # A terminal or a scheduler signals all processes at once, and the parent still needs batches until its checkpoint.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

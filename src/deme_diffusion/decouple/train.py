@@ -88,7 +88,8 @@ def train(
         log.info("%s: going on after step %d of %d", job.name, progress.step, job.steps)
     ranges = reported(job.subset, denoiser.num_train_timesteps)
     names = [name_of(runs) for runs in ranges]
-    journal = Journal(folder, names, after=progress.step, active=accelerator.is_main_process)
+    journal = Journal(folder, names, after=progress.step, board_every=max(1, runtime.logging_steps // 5),
+                      active=accelerator.is_main_process)  # fmt: skip
 
     def save_checkpoint() -> None:
         if accelerator.is_main_process:
@@ -131,7 +132,7 @@ def train(
                     student.train()
             if progress.step % runtime.logging_steps == 0 or last:
                 _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
-            if stop.is_set() and not last:
+            if stop.is_set():  # in the last step too: the stages that follow must stop as well
                 save_checkpoint()
                 raise Interrupted(f"{job.name}: checkpoint written after step {progress.step} of {job.steps}")
             if progress.step % runtime.checkpointing_steps == 0 or last:
@@ -204,14 +205,14 @@ def _update(
     norm = float(accelerator.clip_grad_norm_(parameters, job.settings.max_grad_norm))
     finite = math.isfinite(norm) and all(bool(torch.isfinite(part.loss).all()) for part in losses)
     if not finite and accelerator.scaler is None:
-        raise MachineError(_not_finite(losses, norm, progress.step, job.name, names))
+        raise MachineError(_not_finite(losses, norm, progress.step + 1, job.name, names))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if optimizer.step_was_skipped else 0
     progress.updates += not optimizer.step_was_skipped
     if progress.skipped_in_a_row >= MOST_SKIPPED:
         raise MachineError(
-            f"{job.name}: {MOST_SKIPPED} updates in a row overflowed in fp16, the last at step {progress.step}; "
+            f"{job.name}: {MOST_SKIPPED} updates in a row overflowed in fp16, the last at step {progress.step + 1}; "
             "use mixed_precision bf16 or no"
         )
     return norm

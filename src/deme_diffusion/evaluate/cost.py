@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import weakref
@@ -52,14 +53,22 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def peak_memory(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings, batch_size: int) -> int:
     """Peak bytes while one batch is sampled: the weights in memory (of all resident experts) and activations."""
     sample(denoiser, module, sampler, image_seeds(0, 0, batch_size))  # brings an ensemble's experts in
-    if torch.cuda.is_available():
+    if next(module.parameters()).is_cuda:
+        others = torch.cuda.memory_allocated() - _weight_bytes(module)  # of whatever else lies on the device
         torch.cuda.reset_peak_memory_stats()
         sample(denoiser, module, sampler, image_seeds(0, 0, batch_size))
-        return int(torch.cuda.max_memory_allocated())
-    with _LiveBytes() as counter:
+        return int(torch.cuda.max_memory_allocated()) - others
+    counter = _LiveBytes()
+    # First, so that a view of them that an operation returns is not counted as memory of its own.
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        counter.add(tensor)
+    with counter:
         sample(denoiser, module, sampler, image_seeds(0, 0, batch_size))
-    weights = sum(int(p.numel() * p.element_size()) for p in module.parameters())
-    return int(counter.peak) + weights
+    return counter.peak
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def latency(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings, batch_size: int) -> tuple[float, float]:
@@ -69,7 +78,7 @@ def latency(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings, bat
     for repeat in range(REPEATS + 1):
         started = time.perf_counter()
         sample(denoiser, module, sampler, image_seeds(repeat, 0, batch_size))
-        if torch.cuda.is_available():
+        if next(module.parameters()).is_cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1000 / steps)
     counted = times[1:]  # the first one warms caches, and loads an ensemble's experts

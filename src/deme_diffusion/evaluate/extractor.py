@@ -83,11 +83,14 @@ def load_extractor(folder: Path) -> SmallClassifier:
     """The classifier of a folder that `train_extractor` wrote. Raises UserError for anything else."""
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         raise UserError(f"extractor {folder}: no readable {CONFIG} in it") from None
-    if config.pop("class", None) != "SmallClassifier":
+    if not isinstance(config, dict) or config.pop("class", None) != "SmallClassifier":
         raise UserError(f"extractor {folder}: {CONFIG} is not that of a SmallClassifier")
-    model = SmallClassifier(**config)
+    try:
+        model = SmallClassifier(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"extractor {folder}: {CONFIG} is wrong ({error})") from None
     try:
         model.load_state_dict(load_state(folder / WEIGHTS))
     except RuntimeError as error:

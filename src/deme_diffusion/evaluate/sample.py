@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,9 @@ def sample_to(
     """Exactly `count` images into `folder/images.npy` (uint8, (count, h, w, c)), going on after the last batch."""
     path, cursor = folder / IMAGES, folder / CURSOR
     channels, height, width = denoiser.sample_shape
-    done = _resume_at(path, cursor)
-    mode = "r+" if done else "w+"
-    shape = None if done else (count, height, width, channels)
-    images = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=shape)
+    shape = (count, height, width, channels)
+    done = _resume_at(path, cursor, shape)
+    images = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
     for first in range(done, count, batch_size):
         size = min(batch_size, count - first)
         batch = sample(denoiser, module, settings, image_seeds(seed, first, size))
@@ -101,9 +101,10 @@ def sample_to(
         progress(first + size)
 
 
-def _resume_at(path: Path, cursor: Path) -> int:
-    import json
-
-    if not (path.is_file() and cursor.is_file()):
+def _resume_at(path: Path, cursor: Path, shape: tuple[int, ...]) -> int:
+    """How many images are done; 0 where the file is not whole, or not of that shape."""
+    try:
+        there = np.load(path, mmap_mode="r")  # refuses a file that is too short, which r+ would fill up with zeros
+        return int(json.loads(cursor.read_text())["done"]) if there.shape == shape else 0
+    except (OSError, ValueError, KeyError):
         return 0
-    return int(json.loads(cursor.read_text())["done"])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
 
 @dataclass(frozen=True, eq=False)
 class TaskVector:
-    """tau = theta_i - theta of one tensor, in float32."""
+    """tau = theta_i - theta of one tensor, in float32 or wider."""
 
     value: torch.Tensor
 
     def __add__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
         return TaskVector(self.value + other.value)
 
     def __mul__(self, factor: float) -> TaskVector:
+        if not isinstance(factor, int | float):
+            return NotImplemented
         return TaskVector(self.value * factor)
 
     __rmul__ = __mul__
@@ -24,24 +30,31 @@ class TaskVector:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One tensor of a model, in float32 while merging."""
+    """One tensor of a model; in float32 or wider while merging."""
 
     value: torch.Tensor
 
     def __sub__(self, base: Weight) -> TaskVector:
-        return TaskVector(self.value.float() - base.value.float())
+        if not isinstance(base, Weight):
+            return NotImplemented
+        return TaskVector(wide(self.value) - wide(base.value))
 
     def __add__(self, vector: TaskVector) -> Weight:
-        return Weight(self.value.float() + vector.value)
+        if not isinstance(vector, TaskVector):
+            return NotImplemented
+        return Weight(wide(self.value) + vector.value)
 
 
 def interpolate(base: Weight, experts: list[Weight], weights: list[float]) -> Weight:
-    """(1 - sum w) theta + sum_i w_i theta_i: Eq. 8 without forming the task vectors, accumulated in float32.
+    """(1 - sum w) theta + sum_i w_i theta_i: Eq. 8 without forming the task vectors, in float32 or wider.
 
-    w = 0 gives the base and a one-hot w its expert, to the bit.
+    w = 0 gives the base and a one-hot w its expert, to the bit: no term of factor 0 is added.
     """
-    result = base.value.float() * (1.0 - sum(weights))
-    for expert, weight in zip(experts, weights, strict=True):
-        if weight:
-            result += expert.value.float() * weight
-    return Weight(result)
+    factors = [1.0 - math.fsum(weights), *weights]
+    terms = [w * wide(part.value) for w, part in zip(factors, [base, *experts], strict=True) if w]
+    return Weight(reduce(torch.add, terms))
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -13,7 +13,7 @@ from deme_diffusion.config import PretrainSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.models.denoiser import Condition, Denoiser, Noised
 from deme_diffusion.rng import seed_of
-from deme_diffusion.weights import check_component
+from deme_diffusion.weights import Weights, check_component
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -39,7 +39,7 @@ class DDPM(Denoiser):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        from diffusers import DDPMScheduler, UNet2DModel
+        from diffusers import DDPMScheduler
 
         check_component(folder / cls.component)
         config = json.loads((folder / cls.component / "config.json").read_text())
@@ -47,7 +47,7 @@ class DDPM(Denoiser):
             raise UserError(
                 f"{folder / cls.component}: a {config.get('_class_name')}, but family ddpm needs a UNet2DModel"
             )
-        module = UNet2DModel.from_pretrained(folder / cls.component, low_cpu_mem_usage=False)
+        module = _unet(folder / cls.component)
         # Any discrete scheduler's config carries the betas and the prediction type; DDPM is the training process.
         return cls(module, DDPMScheduler.from_pretrained(folder / "scheduler"))
 
@@ -63,11 +63,7 @@ class DDPM(Denoiser):
         return cls(module, DDPMScheduler(**settings.scheduler.model_dump()))
 
     def component_from(self, folder: Path) -> nn.Module:
-        from diffusers import UNet2DModel
-
-        check_component(folder / self.component)
-        module: nn.Module = UNet2DModel.from_pretrained(folder / self.component, low_cpu_mem_usage=False)
-        return module.eval()
+        return _unet(folder / self.component).eval()
 
     def noised(self, batch: dict[str, Any], t: torch.Tensor, noise: torch.Tensor) -> Noised:
         clean = batch["image"]
@@ -98,3 +94,20 @@ class DDPM(Denoiser):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (config.in_channels, height, width)
+
+
+def _unet(folder: Path) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    with Weights(folder):  # opening them tells a truncated, missing or pickled file in one line
+        pass
+    module: nn.Module
+    try:
+        module, found = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+    except RuntimeError as error:  # shapes
+        raise UserError(f"{folder}: weights do not fit config.json: {' '.join(str(error).split())}") from None
+    # diffusers only warns of missing keys, and leaves them at random values.
+    wrong = [f"{len(keys)} {what.replace('_', ' ')} ({sorted(keys)[0]}, ...)" for what, keys in found.items() if keys]
+    if wrong:
+        raise UserError(f"{folder}: weights do not fit config.json: {', '.join(wrong)}")
+    return module

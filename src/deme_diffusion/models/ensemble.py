@@ -33,7 +33,7 @@ class RoutedEnsemble(nn.Module):
             raise ValueError(f"{len(loaders)} experts for a division into {division.num_experts}")
         self._loaders, self._index, self._resident = list(loaders), index, max(1, resident)
         self._experts: OrderedDict[int, nn.Module] = OrderedDict()
-        self._device: torch.device | None = None
+        self._placed: dict[str, Any] = {}  # the device and dtype that experts loaded later get as well
         self.register_buffer("route", torch.from_numpy(division.route), persistent=False)
         self.expert(0)
 
@@ -42,8 +42,7 @@ class RoutedEnsemble(nn.Module):
         if i not in self._experts:
             while len(self._experts) >= self._resident:
                 self._experts.popitem(last=False)
-            module = self._loaders[i]()
-            self._experts[i] = module.to(self._device) if self._device is not None else module
+            self._experts[i] = self._loaders[i]().to(**self._placed)
         self._experts.move_to_end(i)
         return self._experts[i]
 
@@ -58,8 +57,9 @@ class RoutedEnsemble(nn.Module):
         answer = torch.empty_like(sample)
         for i in experts:
             mine = owner == i
-            picked = {k: v[mine] if torch.is_tensor(v) and len(v) == len(sample) else v for k, v in kwargs.items()}
-            answer[mine] = self.expert(i)(sample[mine], t[mine], *args, return_dict=False, **picked)[0]
+            rest = [_rows(value, mine) for value in args]
+            named = {key: _rows(value, mine) for key, value in kwargs.items()}
+            answer[mine] = self.expert(i)(sample[mine], t[mine], *rest, return_dict=False, **named)[0]
         return (answer,) if tuples else type(self).output(answer)
 
     @staticmethod
@@ -73,7 +73,8 @@ class RoutedEnsemble(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self._experts.values():
             module._apply(fn)  # type: ignore[no-untyped-call]
-        self._device = self.route.device
+        resident = next(self.parameters())
+        self._placed = {"device": resident.device, "dtype": resident.dtype}
         return self
 
     def parameters(self, recurse: bool = True) -> Any:
@@ -89,3 +90,8 @@ class RoutedEnsemble(nn.Module):
             if name.startswith("_") or not experts:
                 raise
             return getattr(next(reversed(experts.values())), name)
+
+
+def _rows(value: Any, mine: torch.Tensor) -> Any:
+    """The rows of a condition that go with some samples; what is no tensor of a row a sample goes whole."""
+    return value[mine] if torch.is_tensor(value) and value.shape[:1] == mine.shape else value

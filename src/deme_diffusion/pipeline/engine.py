@@ -35,8 +35,7 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
             waiting.append(node)
         else:
             finished(node, artefact, True)
-    if not waiting:
-        return
+    log.info("%d of %d stages are done already", len(nodes) - len(waiting), len(nodes))
     shared = [node for node in waiting if not node.exclusive]
     alone = [node for node in waiting if node.exclusive]
     jobs = min(graph.recipe.runtime.jobs, len(shared))
@@ -131,6 +130,7 @@ def _pool(graph: Graph, store: Store, jobs: int) -> ProcessPoolExecutor:
 
 
 _worker: Any = None
+_busy = _stopping = False
 
 
 def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -> None:
@@ -141,7 +141,8 @@ def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
 
     from deme_diffusion.pipeline.stages import Stages
 
@@ -158,11 +159,25 @@ def _visible_devices() -> list[str]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    """Ends the stage that is being made; an idle process waits for the pool to end it, without a traceback.
+
+    It must not die: the pool would take that for a crash, and kill the others before their checkpoints.
+    """
+    global _stopping
+    _stopping = True
+    if _busy:
+        raise KeyboardInterrupt
 
 
 def _run_one(digest: str) -> float:
+    global _busy
     started = time.perf_counter()
     node = _worker.graph.node(digest)
-    _worker.store.produce(node.key, _worker.make(node))
+    _busy = True
+    try:
+        if _stopping:
+            raise KeyboardInterrupt
+        _worker.store.produce(node.key, _worker.make(node))
+    finally:
+        _busy = False
     return time.perf_counter() - started

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.inputs import component_of, read_json, weight_bytes
 from deme_diffusion.pipeline.run import Run
 
 FLOPS_PER_CORE = 2.5e10
@@ -49,13 +48,7 @@ def _component_bytes(graph: Graph) -> int | None:
     base = graph.base
     if isinstance(base, Node) or base.path is None:
         return None
-    return sum(_header_bytes(file) for file in base.path.glob("*/*.safetensors"))
-
-
-def _header_bytes(file: Path) -> int:
-    with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return sum(4 * prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+    return sum(weight_bytes(file) for file in component_of(base.path).glob("*.safetensors"))
 
 
 def _seconds(graph: Graph, node: Node, weights: int) -> float:
@@ -80,7 +73,7 @@ def _searched_images(graph: Graph, node: Node) -> int:
 
 def _sample_pixels(graph: Graph) -> int:
     assert not isinstance(graph.base, Node)
-    size = json.loads((graph.base.folder / "unet" / "config.json").read_text()).get("sample_size", 32)
+    size = read_json(component_of(graph.base.folder) / "config.json").get("sample_size") or 32
     return prod(size) if isinstance(size, list) else int(size) ** 2
 
 

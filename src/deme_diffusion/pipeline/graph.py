@@ -12,7 +12,7 @@ from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainS
 from deme_diffusion.data.sources import data_digest
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
 from deme_diffusion.errors import UserError
-from deme_diffusion.pipeline.inputs import Input, resolve
+from deme_diffusion.pipeline.inputs import Input, check_sampler, component_of, read_json, resolve
 
 StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "evaluate", "cost"]
 
@@ -27,6 +27,8 @@ VERSIONS: dict[StageName, int] = {
     "cost": 1,
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,9 @@ class Graph:
         self.base = self._base(download)
         self.extractor = self._extractor(download)
         self.division = make_division(recipe, self.base)
+        samplers = {f"evaluate.samplers.{i}": sampler for i, sampler in enumerate(recipe.evaluate.samplers)}
+        for key, sampler in {**samplers, "merge.sampler": recipe.merge.sampler}.items():
+            check_sampler(sampler, self.division.num_timesteps, key=key)
         self.experts: dict[int, list[Node]] = {}
         self.searches: dict[int, Node] = {}
         self.merged: dict[int, Node] = {}
@@ -104,7 +109,11 @@ class Graph:
     def _base(self, download: bool) -> Node | Input:
         model, settings = self.recipe.model, self.recipe.pretrain
         if model.pretrained is not None:
-            return resolve(model.pretrained, model.revision, key="model.pretrained", download=download)
+            needs = ("model_index.json", SCHEDULER)
+            base = resolve(model.pretrained, model.revision, key="model.pretrained", needs=needs, download=download)
+            if base.path is not None:
+                component_of(base.path)
+            return base
         covered = settings.changed() | _validated(self.recipe, settings)
         parents = {"data": self.data}
         return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
@@ -112,7 +121,8 @@ class Graph:
     def _extractor(self, download: bool) -> Node | Input:
         settings = self.recipe.extractor
         if settings.pretrained is not None:
-            return resolve(settings.pretrained, None, key="extractor.pretrained", download=download)
+            needs = ("config.json", "extractor.safetensors")
+            return resolve(settings.pretrained, None, key="extractor.pretrained", needs=needs, download=download)
         covered = {k: v for k, v in settings.changed().items() if k != "pretrained"}
         return self._add("extractor", "extractor", covered, {"data": self.data}, self.recipe.seeds[0])
 
@@ -211,7 +221,8 @@ class Graph:
                 self.samples.setdefault((served.name, seed), node)
         covered: dict[str, Any] = {"ranges": _served_ranges(self.division), "neighbours": settings.neighbours}
         covered |= {"loss": settings.loss.changed(), "num_images": settings.num_images}
-        parents = {"data": self.data, "extractor": self.extractor, **_model_parents(served, self.base), **samples}
+        parents: dict[str, Node | Input] = {"data": self.data, "extractor": self.extractor, **samples}
+        parents |= _model_parents(served, self.base) if served.parts else {}
         arguments = {"served": served, "samples": list(samples)}
         label = self._named(f"evaluate {served.name}", seed)
         node = self._add("evaluate", label, covered, parents, None, arguments=arguments)
@@ -281,17 +292,14 @@ def make_division(recipe: Recipe, base: Node | Input) -> Division:
 
 def num_timesteps(recipe: Recipe, base: Node | Input) -> int:
     """T, from the base's scheduler config; 1000 for a hub model that a dry run has not downloaded."""
-    import json
-
     if isinstance(base, Node):
         return recipe.pretrain.scheduler.num_train_timesteps
     if base.path is None:
         return 1000
-    config = base.path / "scheduler" / "scheduler_config.json"
-    try:
-        return int(json.loads(config.read_text())["num_train_timesteps"])
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{config}: no readable scheduler config; a diffusers pipeline folder is expected") from None
+    timesteps = read_json(base.path / SCHEDULER).get("num_train_timesteps")
+    if not isinstance(timesteps, int) or timesteps < 1:
+        raise UserError(f"{base.path / SCHEDULER}: no num_train_timesteps in it")
+    return timesteps
 
 
 def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from deme_diffusion.config import SamplerSettings
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.files import canonical_digest, tree_digest
+from deme_diffusion.files import canonical_digest, tree_digest, visible_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
+COMPONENTS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,23 @@ class Input:
         return self.path
 
 
-def resolve(name: str, revision: str | None, *, key: str, download: bool) -> Input:
-    """What `key` names: `packaged:NAME`, a folder, or a hub name. Raises UserError where it is none of them."""
+def resolve(name: str, revision: str | None, *, key: str, needs: Sequence[str], download: bool) -> Input:
+    """What `key` names: `packaged:NAME`, a folder, or a hub name. Raises UserError where it is none of them.
+
+    It must hold the files that it `needs`, and every safetensors file in it must be whole.
+    """
+    found = _find(name, revision, key, download)
+    if found.path is not None:
+        missing = [need for need in needs if not (found.path / need).is_file()]
+        if missing:
+            raise UserError(f"{key}: {found.path} has no {missing[0]}")
+        for file in visible_files(found.path):
+            if file.suffix == ".safetensors":
+                weight_bytes(file)
+    return found
+
+
+def _find(name: str, revision: str | None, key: str, download: bool) -> Input:
     if name.startswith(PREFIX):
         return _packaged(name, key)
     folder = Path(name).expanduser()
@@ -72,3 +97,50 @@ def _cached_commit(name: str, revision: str) -> str | None:
         return revision
     reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
     return reference.read_text().strip() if reference.is_file() else None
+
+
+def weight_bytes(file: Path) -> int:
+    """Bytes of a safetensors file's tensors in float32, by its header. Raises UserError where it is cut short."""
+    try:
+        with safe_open(file, framework="numpy") as weights:
+            return sum(4 * prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch or make it again") from None
+
+
+def component_of(base: Path) -> Path:
+    """The folder of a pipeline's denoiser. Raises UserError where it has none, or a pickle in its place."""
+    folders = [base / name for name in COMPONENTS if (base / name / "config.json").is_file()]
+    if not folders:
+        raise UserError(f"{base}: no {' or '.join(COMPONENTS)} with a config.json; a diffusers pipeline is expected")
+    if not any(folders[0].glob("*.safetensors")):
+        others = sorted(f.name for f in folders[0].iterdir() if f.is_file() and f.suffix != ".json")
+        instead = f", only {others[0]}, and pickles are never loaded" if others else ""
+        raise UserError(f"{folders[0]}: no safetensors{instead}")
+    return folders[0]
+
+
+def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> None:
+    """Raises UserError for a sampler that diffusers does not have, or more steps than the model's T."""
+    # Read from its source: importing diffusers would import torch.
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None and spec.origin is not None, "diffusers is a dependency"
+    exported = (Path(spec.origin).parent / "schedulers" / "__init__.py").read_text()
+    names = re.findall(r'"(\w+Scheduler)"', exported)
+    if sampler.name not in names:
+        raise UserError(f"{key}: diffusers has no {sampler.name!r}{nearest(sampler.name, names)}")
+    if sampler.num_inference_steps > num_timesteps:
+        raise UserError(
+            f"{key}: {sampler.num_inference_steps} steps of {sampler.name}, but the model has {num_timesteps} timesteps"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A mapping in a JSON file. Raises UserError for anything else."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: no readable JSON mapping")
+    return values

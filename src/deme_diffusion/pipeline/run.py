@@ -11,12 +11,14 @@ from typing import Any
 from deme_diffusion.artefacts import Artefact, Store, provenance
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
-from deme_diffusion.files import canonical_digest, link, read_jsonl, write_json, write_text
+from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.engine import run_stages
 from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.inputs import read_json
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
 from deme_diffusion.report.card import model_card
+from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.report.page import write_page
 from deme_diffusion.report.tables import Row, write_table
 from deme_diffusion.report.verdict import Verdict, verdict
@@ -61,13 +63,14 @@ class Run:
         write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
 
     def _finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
-        log.info("%s: %s", node.label, "done already" if reused else f"done in {artefact.seconds:.1f} s")
+        log.log(logging.DEBUG if reused else logging.INFO, "%s: %s", node.label, _how(artefact, reused))
         self.stages[node.digest] = {"seconds": round(artefact.seconds, 2), "reused": reused, "steps": node.steps}
         self._note()
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """Seconds and steps of the stages as the last run noted them."""
-        return {entry["digest"]: entry for entry in read_json(self.folder / RUN)["stages"]}
+        stages: list[dict[str, Any]] = read_json(self.folder / RUN).get("stages", [])
+        return {entry["digest"]: entry for entry in stages}
 
     def _link(self) -> None:
         """`base`, `experts/<seed>/<i>` and `merged` beside the table, for whoever opens the folder."""
@@ -87,20 +90,14 @@ class Run:
 
     # -- the evidence ------------------------------------------------------------------------------
 
-    def table(self) -> tuple[list[Row], Verdict]:
-        """The rows and what they allow to say, written as JSON, markdown and CSV."""
+    def report(self) -> tuple[list[Row], Verdict]:
+        """Table (JSON, markdown, CSV), page and model card from what the stages left; computes nothing anew."""
         rows = table.rows(self.graph, self.store, self.graph.extractor_name)
         write_table(rows, self.folder)
-        return rows, verdict(rows)
-
-    def report(self) -> Path:
-        """Table, page and model card from what the stages left; computes nothing anew."""
-        rows, said = self.table()
         content = self.content(rows)
         write_text(self.folder / "model_card.md", model_card(content))
-        page = write_page(self.folder, content)
-        log.info("%s", said.sentence)
-        return page
+        write_page(self.folder, content)
+        return rows, verdict(rows)
 
     def content(self, rows: list[Row]) -> dict[str, Any]:
         """What the page and the card show."""
@@ -162,15 +159,13 @@ class Run:
             path = self.folder / "figures" / f"{name}.npy"
             path.parent.mkdir(exist_ok=True)
             np.save(path, np.array(images))
+            write_bytes(path.with_suffix(".png"), sample_grid(np.array(images), columns=16, scale=4))
             grids[name] = f"figures/{name}.npy"
         return grids
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    import json
-
-    return json.loads(path.read_text())
+def _how(artefact: Artefact, reused: bool) -> str:
+    return "done already" if reused else f"done in {artefact.seconds:.1f} s"
 
 
 def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", download: bool = True) -> Run:
@@ -180,5 +175,7 @@ def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", down
         changes = {key: value for key, value in loaded.overrides.items() if not key.startswith("runtime.")}
         suffix = f"+{canonical_digest(changes)[:8]}" if changes else ""
         folder = RUNS / f"{recipe.name}{suffix}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: a file, where a run needs a folder")
     store = Store(folder.parent / STORE)
     return Run(recipe, folder, store, Graph(recipe, download=download), command)

@@ -51,7 +51,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _find(reference: str) -> tuple[Path, Path | None]:
     path = Path(reference)
-    if (PACKAGED / f"{reference}.yaml").is_file():
+    if path.name == reference and (PACKAGED / f"{reference}.yaml").is_file():
         return PACKAGED / f"{reference}.yaml", None
     if path.is_dir():
         if not (path / RESOLVED).is_file():
@@ -67,7 +67,7 @@ def _find(reference: str) -> tuple[Path, Path | None]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -83,10 +83,11 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     values.setdefault("name", path.stem)
     if parent is None:
         return values
-    source, _ = _find(str(parent))
-    if source in (*above, path):
+    beside = path.parent / str(parent)
+    source = (beside if beside.is_file() else _find(str(parent))[0]).resolve()
+    if source in (*above, path.resolve()):
         raise UserError(f"{path}: extends itself through {parent}")
-    return _merged(_resolved(source, (*above, path)), values)
+    return _merged(_resolved(source, (*above, path.resolve())), values)
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,15 +104,16 @@ def _override(text: str) -> tuple[str, Any]:
         raise UserError(f"{text}: an override is KEY=VALUE, as in decouple.num_ranges=2")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{text}: the value is not YAML") from None
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    valid = keys_of(parents)
-    if last not in valid:
-        raise UserError(f"{dotted}: unknown key{nearest(last, valid)}")
+    *parents, last = parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        valid = keys_of(parts[:depth])
+        if part not in valid:
+            raise UserError(f"{dotted}: unknown key{nearest(part, valid)}")
     for part in parents:
         if not isinstance(values.get(part), dict):
             values[part] = {}

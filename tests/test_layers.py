@@ -1,0 +1,90 @@
+"""Imports point down, siblings never meet, and what must start fast imports no torch (DESIGN.md)."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import deme_diffusion
+
+ROOT = Path(deme_diffusion.__file__).parent
+BELOW_DATA = ["errors", "files", "config", "recipes", "rng", "division", "artefacts", "weights"]
+BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
+MAY_IMPORT = {
+    "errors": [],
+    "files": ["errors"],
+    "config": ["errors", "files"],
+    "recipes": ["errors", "config"],
+    "rng": ["errors", "files"],
+    "division": ["errors", "files"],
+    "artefacts": ["errors", "files", "config", "rng", "division"],
+    "weights": ["errors", "files", "config", "rng", "division"],
+    "data": BELOW_DATA,
+    "models": [*BELOW_DATA, "data"],
+    "decouple": BELOW_SIBLINGS,
+    "merge": [*BELOW_DATA, "data", "models.projection"],
+    "evaluate": BELOW_SIBLINGS,
+    "report": ["errors", "files", "config", "artefacts"],
+    "pipeline": [*BELOW_SIBLINGS, "decouple", "merge", "evaluate", "report"],
+    "cli": [*BELOW_SIBLINGS, "decouple", "merge", "evaluate", "report", "pipeline"],
+}
+MAY_IMPORT["__init__"] = MAY_IMPORT["cli"]  # the Python door beside the command's
+MAY_IMPORT["__main__"] = ["cli"]
+TORCH_FREE = ["errors", "files", "config", "recipes", "rng", "division", "artefacts", "report", "cli", "__init__"]
+TORCH_FREE += [f"pipeline.{name}" for name in ("graph", "inputs", "estimate", "run", "table", "engine", "__init__")]
+HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def test_every_module_imports_only_from_the_layers_below() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in MODULES.items()
+        for imported in ours(ast.walk(ast.parse(path.read_text())))
+        if imported.split(".")[0] != (own := module.split(".")[0])
+        and not any(f"{imported}.".startswith(f"{allowed}.") for allowed in MAY_IMPORT[own])
+    ]
+    assert not wrong
+
+
+def test_what_must_start_fast_imports_no_torch_even_through_others() -> None:
+    wrong = []
+    for start in (m for m in MODULES if any(f"{m}.".startswith(f"{free}.") for free in TORCH_FREE)):
+        reached, todo = set[str](), [start]
+        while todo:
+            reached.add(module := todo.pop())
+            tree = ast.parse(MODULES[module].read_text())
+            heavy = [n for n in imports(at_import(tree)) if any(f"{n}.".startswith(f"{h}.") for h in HEAVY)]
+            wrong += [f"{start} reaches {module}, which imports {name}" for name in heavy]
+            todo += {within(name) for name in ours(at_import(tree))} - reached
+    assert not wrong
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Dotted names: `from a import b` is `a.b`, since b may be a module."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def ours(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Imports from this package, without its name."""
+    prefix = "deme_diffusion."
+    return (name.removeprefix(prefix) for name in imports(nodes) if name.startswith(prefix))
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module is imported: not the bodies of functions, nor what only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not checking and not isinstance(node, ast.FunctionDef):
+            yield node
+            yield from at_import(node)
+
+
+def within(name: str) -> str:
+    """The module that an imported name is, or lies in."""
+    parent = name.rpartition(".")[0]
+    return next(m for m in (name, f"{name}.__init__", parent, f"{parent}.__init__", "__init__") if m in MODULES)
