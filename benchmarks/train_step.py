@@ -10,6 +10,7 @@ timed in turn, and medians over repeats are printed with their range.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -28,7 +29,8 @@ from deme_diffusion.decouple.train import train
 from deme_diffusion.division import uniform
 from deme_diffusion.models.families import family
 from deme_diffusion.models.projection import Projected
-from deme_diffusion.pipeline.inputs import resolve
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.recipes import load
 
 Seconds = list[float]
@@ -56,14 +58,14 @@ def real_step(denoiser, split, job: Job, recipe) -> float:
     with tempfile.TemporaryDirectory() as folder:
         runtime = recipe.runtime.model_copy(update={"checkpointing_steps": 10**9, "logging_steps": 10**9})
         train(denoiser, split, job, Path(folder), runtime=runtime, combine=combine)
-    differences = [b - a for a, b in zip(moments[5:], moments[6:], strict=False)]
+    differences = [b - a for a, b in itertools.pairwise(moments[5:])]
     return statistics.median(differences)
 
 
 def parts(denoiser, split, job: Job, count: int) -> dict[str, float]:
     """Median seconds of each part of a step, alone."""
     settings = job.settings
-    student = Projected(_copy(denoiser.module), job.projection).train()
+    student = Projected(denoiser.student(), job.projection).train()
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     ema = Ema(parameters, settings)
@@ -88,8 +90,8 @@ def parts(denoiser, split, job: Job, count: int) -> dict[str, float]:
 
 
 def plain_step(denoiser, split, job: Job, count: int) -> float:
-    """Median seconds of a step of the plain diffusers training script: no teacher, no projection, same batch and EMA."""
-    settings, module = job.settings, _copy(denoiser.module).train()
+    """Median seconds of a plain diffusers step: no teacher, no projection, the same batch and EMA."""
+    settings, module = job.settings, denoiser.student().train()
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.95, 0.999), weight_decay=1e-6)
     ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -108,12 +110,6 @@ def plain_step(denoiser, split, job: Job, count: int) -> float:
     return timed(step, count)
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).requires_grad_(True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="digits")
@@ -122,7 +118,8 @@ def main() -> None:
     options = parser.parse_args()
 
     recipe = load(options.recipe).recipe
-    base = resolve(recipe.model.pretrained, recipe.model.revision, key="model.pretrained", download=True)
+    base = Graph(recipe, download=True).base
+    assert isinstance(base, Input), "a recipe with a pretrained model is expected"
     denoiser = family(recipe.model.family).load(base.folder)
     split, settings = load_splits(recipe.data)["train"], recipe.decouple
     subset = uniform(settings.num_ranges, denoiser.num_train_timesteps).subset(0)
@@ -139,7 +136,9 @@ def main() -> None:
             rows.setdefault(name, []).append(seconds)
 
     count = sum(p.numel() for p in denoiser.module.parameters())
-    print(f"{options.recipe}: {count:,} parameters, batch {settings.train_batch_size}, {torch.get_num_threads()} threads")
+    print(
+        f"{options.recipe}: {count:,} parameters, batch {settings.train_batch_size}, {torch.get_num_threads()} threads"
+    )
     print("| part | ms, median (range) | images/s |\n| --- | --- | --- |")
     for name, values in rows.items():
         median = statistics.median(values)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from deme_diffusion.config import DataSettings, PretrainSettings, Recipe, parse
+from deme_diffusion.config import DataSettings, PretrainSettings, Recipe
 from deme_diffusion.data.splits import Split, SplitName, load_splits
 from deme_diffusion.models.ddpm import DDPM
+from deme_diffusion.recipes.checks import parse
 
 T = 20
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from deme_diffusion import artefacts, files
+from deme_diffusion import artefacts, files, provenance
 from deme_diffusion.artefacts import Key, Store
 from deme_diffusion.errors import MachineError, UserError
 
@@ -237,18 +237,18 @@ def test_waiting_for_a_lock_is_said_once_and_ends(store: Store, caplog: pytest.L
 
 
 def test_provenance_is_json_and_knows_what_is_installed() -> None:
-    found = artefacts.provenance()
+    found = provenance.provenance()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == {"python", "platform", "processors", "versions", "git"}
     assert found["versions"]["numpy"] is not None
 
 
 def test_provenance_survives_a_machine_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    artefacts._git.cache_clear()
+    provenance._git.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", failing(errno.EIO))
     monkeypatch.setattr(subprocess, "run", failing(errno.ENOENT))
-    found = artefacts.provenance()
-    artefacts._git.cache_clear()
+    found = provenance.provenance()
+    provenance._git.cache_clear()
     assert set(found["versions"].values()) == {None}
     assert found["git"] is None
 
@@ -258,13 +258,13 @@ def test_git_tells_commit_and_dirt_of_a_checkout_only(tmp_path: Path) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "a"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    clean = artefacts._git(tmp_path)
+    clean = provenance._git(tmp_path)
     assert clean is not None and len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "within").mkdir()
     (tmp_path / "within" / "a").write_text("a")
-    assert artefacts._git(tmp_path / "within") is None
-    artefacts._git.cache_clear()
-    assert artefacts._git(tmp_path) == {**clean, "dirty": True}
+    assert provenance._git(tmp_path / "within") is None
+    provenance._git.cache_clear()
+    assert provenance._git(tmp_path) == {**clean, "dirty": True}
 
 
 def test_clean_keeps_referenced_and_locked(store: Store) -> None:

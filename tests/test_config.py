@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from deme_diffusion.config import DecoupleSettings, Recipe, SamplerSettings, keys_of, parse
+from deme_diffusion.config import DecoupleSettings, Recipe, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes import load, packaged, to_yaml
+from deme_diffusion.recipes.checks import keys_of, parse
 
 TWO = [{"name": "DDIMScheduler"}, {"name": "DDPMScheduler"}]
 OFF = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import deme_diffusion
 
 ROOT = Path(deme_diffusion.__file__).parent
-BELOW_DATA = ["errors", "files", "config", "recipes", "rng", "division", "artefacts", "weights"]
+BELOW_DATA = ["errors", "files", "config", "recipes", "rng", "division", "provenance", "artefacts", "weights"]
 BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
 MAY_IMPORT = {
     "errors": [],
@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "recipes": ["errors", "config"],
     "rng": ["errors", "files"],
     "division": ["errors", "files"],
-    "artefacts": ["errors", "files", "config", "rng", "division"],
+    "provenance": ["files"],
+    "artefacts": ["errors", "files", "config", "rng", "division", "provenance"],
     "weights": ["errors", "files", "config", "rng", "division"],
     "data": BELOW_DATA,
     "models": [*BELOW_DATA, "data"],
@@ -29,8 +30,11 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["__init__"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__main__"] = ["cli"]
-TORCH_FREE = ["errors", "files", "config", "recipes", "rng", "division", "artefacts", "report", "cli", "__init__"]
-TORCH_FREE += [f"pipeline.{name}" for name in ("graph", "inputs", "estimate", "run", "table", "engine", "__init__")]
+TORCH_FREE = ["errors", "files", "config", "recipes", "rng", "division", "provenance", "artefacts", "report", "cli"]
+TORCH_FREE += ["__init__"]
+TORCH_FREE += [
+    f"pipeline.{name}" for name in ("graph", "node", "inputs", "estimate", "run", "table", "engine", "__init__")
+]
 HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 

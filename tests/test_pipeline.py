@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from conftest import make_pico_values
 from deme_diffusion.artefacts import Store, clean, referenced
-from deme_diffusion.config import LossSettings, parse
+from deme_diffusion.config import LossSettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluate.extractor import load_extractor
@@ -28,9 +28,11 @@ from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline import stages as stages_module
 from deme_diffusion.pipeline.estimate import plan
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.recipes import Loaded, load
+from deme_diffusion.recipes.checks import parse
 from deme_diffusion.report.tables import read_table
 from deme_diffusion.weights import WEIGHTS_NAME, State, load_state, save_state, state_digest
 

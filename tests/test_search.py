@@ -33,7 +33,8 @@ from deme_diffusion.merge.search import (
 )
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.stages import Stages
 
 
@@ -226,10 +227,10 @@ def test_grid_has_every_combination() -> None:
 
 def test_grid_above_max_evaluations_is_refused_before_anything_is_scored() -> None:
     settings = MergeSettings(search="grid", grid_values=(0.0, 0.5, 1.0), max_evaluations=26)
-    with pytest.raises(UserError, match=r"3 values for 3 experts make 27 points, .*merge\.max_evaluations=26"):
+    with pytest.raises(UserError, match=r"grid: 32 candidates for 3 experts, more than merge\.max_evaluations=26"):
         candidates(3, settings, never)
-    enough = settings.model_copy(update={"max_evaluations": 27})
-    assert len(candidates(3, enough, never)) == 28  # and uniform, which is not on the grid
+    enough = settings.model_copy(update={"max_evaluations": 32})
+    assert len(candidates(3, enough, never)) == 28  # on the grid, and uniform; points that both propose are scored once
 
 
 def test_least_squares_scales_are_multiples_of_its_weights() -> None:

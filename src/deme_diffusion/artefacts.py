@@ -4,15 +4,11 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.files import TEMPORARY, Record, canonical_digest, explained, file_digest, visible_files, write_json
+from deme_diffusion.provenance import provenance
 
 logger = logging.getLogger(__name__)
 MANIFEST, WORK = "manifest.json", "work"  # checkpoints live in work, which goes when the artefact is finished
-_DISTRIBUTIONS = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "deme-diffusion")
 
 
 @dataclass(frozen=True)
@@ -251,38 +247,6 @@ def _empty(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def provenance() -> Record:
-    """The software and machine of this process; what cannot be found out is None, and nothing is raised."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "versions": {name: _version(name) for name in _DISTRIBUTIONS},
-        "git": _git(Path(__file__).resolve().parents[2]),
-    }
-
-
-def _version(name: str) -> str | None:
-    with contextlib.suppress(Exception):  # a broken installation has many ways to fail
-        return metadata.version(name)
-    return None
-
-
-@cache  # the code that runs is the code at the start, whatever is edited meanwhile
-def _git(source: Path) -> Record | None:
-    """Commit and dirty flag; None unless `source` itself is a checkout: a venv within one does not count."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(source), *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
-
-    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        if (source / ".git").exists():
-            return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
-    return None
 
 
 def referenced(runs_root: Path) -> set[tuple[str, str]]:

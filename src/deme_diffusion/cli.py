@@ -18,6 +18,8 @@ from typer.core import TyperGroup
 
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer has it from
+
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
@@ -248,7 +250,12 @@ def main() -> None:
     """The entry point: errors become one line and an exit status."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `deme`: the message is the help
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
+        _fail(f"{error.format_message()} (deme --help tells more)", 2)
     except UserError as error:
         _fail(str(error), 2)
     except (Interrupted, KeyboardInterrupt) as error:

@@ -146,6 +146,11 @@ def truncate_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
         write_text(path, "".join(json.dumps(record) + "\n" for record in read_jsonl(path) if keep(record)))
 
 
+def part_of(pipeline: Path, name: str) -> Path:
+    """The folder of a diffusers pipeline's part; early hub models (google/ddpm-*) hold all parts in one folder."""
+    return pipeline / name if (pipeline / name).is_dir() else pipeline
+
+
 def link(target: Path, at: Path) -> None:
     """Point `at` to `target` by a relative symlink, or by a text file `<at>.path` where there are no symlinks."""
     relative = os.path.relpath(target.resolve(), at.parent.resolve())

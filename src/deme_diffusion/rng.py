@@ -61,7 +61,9 @@ def normals(
 @lru_cache(maxsize=4)
 def image_order(seed: int, epoch: int, num_images: int) -> npt.NDArray[np.int64]:
     """The order (num_images,) in which an epoch visits the images: a pure function of (seed, epoch)."""
-    return generator(seed, "order", epoch).permutation(num_images)
+    order = generator(seed, "order", epoch).permutation(num_images)
+    order.setflags(write=False)  # the cache hands it out again
+    return order
 
 
 def image_at(seed: int, slot: int, num_images: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -37,6 +38,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
@@ -70,7 +73,8 @@ def _shards(index: Path) -> list[str]:
 class Weights:
     """Lazy, memory-mapped tensors of a component folder or a safetensors file; a `with` closes the files.
 
-    Raises UserError at opening when a file is truncated, pickled or missing.
+    Names are those that `from_pretrained` gives, also where a file has diffusers' old attention names. Raises
+    UserError at opening when a file is truncated, pickled or missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,11 +82,13 @@ class Weights:
         self.files = check_component(path) if path.is_dir() else [path]
         self._stack = ExitStack()
         self._owner: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
         self._file: dict[str, Path] = {}
         for file in self.files:
             handle = self._stack.enter_context(_opened(file))
-            for key in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                self._owner[key], self._file[key] = handle, file
+            for stored in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                key = modern_name(stored)
+                self._owner[key], self._stored[key], self._file[key] = handle, stored, file
 
     def __enter__(self) -> Self:
         return self
@@ -96,19 +102,22 @@ class Weights:
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, read now."""
-        tensor: torch.Tensor = self._owner[key].get_tensor(key)
+        tensor: torch.Tensor = self._owner[key].get_tensor(self._stored[key])
         return tensor
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape, without reading the tensor."""
-        return tuple(self._owner[key].get_slice(key).get_shape())
+        return tuple(self._slice(key).get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype, without reading the tensor. Raises UserError for one that we cannot write again."""
-        name = str(self._owner[key].get_slice(key).get_dtype())
+        name = str(self._slice(key).get_dtype())
         if name not in _DTYPES:
             raise UserError(f"{self._file[key]}: {key} is {name}, a dtype that is not supported")
         return _DTYPES[name]
+
+    def _slice(self, key: str) -> Any:
+        return self._owner[key].get_slice(self._stored[key])
 
     def layout(self) -> dict[str, list[str]]:
         """File name -> its keys: a merged model is sharded like its base."""
@@ -116,6 +125,11 @@ class Weights:
         for key, file in self._file.items():
             files[file.name].append(key)
         return files
+
+
+def modern_name(key: str) -> str:
+    """diffusers' old attention names (query, key, value, proj_attn) as `from_pretrained` renames them."""
+    return _OLD_ATTENTION.sub(lambda found: f".{_ATTENTION[found[1]]}.{found[2]}", key)
 
 
 def _opened(file: Path) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -59,7 +61,7 @@ class Journal:
             "denoising": _mean([float(part.denoising.mean()) for part in losses]),
             "consistency": _mean([float(part.consistency.mean()) for part in losses]),
             "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
+            "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,  # JSON has no infinity
         }
         self._write(LOSSES, step, record, {name: _mean(values) for name, values in ranges.items()})
 
@@ -75,13 +77,14 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _write(self, name: str, step: int, record: dict[str, float], ranges: dict[str, float]) -> None:
+    def _write(self, name: str, step: int, record: Mapping[str, float | None], ranges: dict[str, float]) -> None:
         line = {"step": step, **record, "ranges": ranges}
         self._files[name].write(json.dumps(line) + "\n")
         if name == LOSSES and step % self._board_every:
             return  # the lines above hold every step; a board of every step costs 2% of a small model's time
         for key, value in {**record, **{f"{name.removesuffix('.jsonl')} {r}": v for r, v in ranges.items()}}.items():
-            self._board.add_scalar(key, value, step)
+            if value is not None:
+                self._board.add_scalar(key, value, step)
 
 
 def _mean(values: list[float]) -> float:

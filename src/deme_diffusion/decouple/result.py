@@ -29,6 +29,7 @@ def write_result(
     component.save_config(folder / denoiser.component)
     _save_student(student, kept, folder / denoiser.component)
     if ema is not None:
+        component.save_config(folder / "raw")
         _save_student(student, raw, folder / "raw")
     return {
         "weights": "ema" if ema is not None else "raw",

@@ -59,7 +59,7 @@ def train(
     # -- what takes part ----------------------------------------------------------------------------
     settings, work = job.settings, folder / "work"
     accelerator = _accelerator(settings.mixed_precision, runtime.device)
-    student: nn.Module = Projected(_trainable_copy(denoiser), job.projection)
+    student: nn.Module = Projected(denoiser.student(), job.projection)
     parameters = denoiser.trainable(student)
     optimizer = torch.optim.AdamW(
         parameters,
@@ -130,7 +130,7 @@ def train(
                 with ema.weights() if ema else nullcontext():
                     preview(accelerator.unwrap_model(student).eval(), folder / "previews" / f"{progress.step:08d}.png")
                     student.train()
-            if progress.step % runtime.logging_steps == 0 or last:
+            if bar.disable and (progress.step % runtime.logging_steps == 0 or last):
                 _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
             if stop.is_set():  # in the last step too: the stages that follow must stop as well
                 save_checkpoint()
@@ -151,13 +151,6 @@ def _accelerator(mixed_precision: str, device: str) -> Accelerator:
     # One process trains several models, perhaps at several precisions, which accelerate's singleton would refuse.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu")
-
-
-def _trainable_copy(denoiser: Denoiser) -> nn.Module:
-    import copy
-
-    # The pretrained module stays as it is for whoever comes next; weights are float32 masters under mixed precision.
-    return copy.deepcopy(denoiser.module).float().requires_grad_(True)
 
 
 def _learning_rates(job: Job) -> Callable[[int], float]:

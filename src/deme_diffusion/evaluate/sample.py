@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.files import write_json
+from deme_diffusion.files import explained, write_json
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.rng import seed_of
 
@@ -66,11 +67,9 @@ def sample_pixels(
     denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, *, seed: int, count: int, batch_size: int
 ) -> npt.NDArray[np.uint8]:
     """Exactly `count` images (count, h, w, c) in memory: what a search scores, and previews show."""
-    batches = [
-        to_pixels(sample(denoiser, module, settings, image_seeds(seed, first, min(batch_size, count - first))))
-        for first in range(0, count, batch_size)
-    ]
-    return np.concatenate(batches)
+    sizes = [(first, min(batch_size, count - first)) for first in range(0, count, batch_size)]
+    seeds = [image_seeds(seed, first, size) for first, size in sizes]
+    return np.concatenate([_finite_pixels(sample(denoiser, module, settings, batch), settings) for batch in seeds])
 
 
 def sample_to(
@@ -90,15 +89,23 @@ def sample_to(
     shape = (count, height, width, channels)
     done = _resume_at(path, cursor, shape)
     images = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
+    with explained("write", path), path.open("r+b") as file:
+        # Writing through a memory map to a full disk kills the process: the blocks are asked for beforehand.
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for first in range(done, count, batch_size):
         size = min(batch_size, count - first)
         batch = sample(denoiser, module, settings, image_seeds(seed, first, size))
-        if not torch.isfinite(batch).all():
-            raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
-        images[first : first + size] = to_pixels(batch)
+        images[first : first + size] = _finite_pixels(batch, settings)
         images.flush()
         write_json(cursor, {"done": first + size})
         progress(first + size)
+
+
+def _finite_pixels(batch: torch.Tensor, settings: SamplerSettings) -> npt.NDArray[np.uint8]:
+    if not torch.isfinite(batch).all():
+        raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
+    return to_pixels(batch)
 
 
 def _resume_at(path: Path, cursor: Path, shape: tuple[int, ...]) -> int:

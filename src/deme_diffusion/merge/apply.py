@@ -20,7 +20,7 @@ from deme_diffusion.merge.methods import method
 from deme_diffusion.merge.vectors import Weight, wide
 from deme_diffusion.models import projection
 from deme_diffusion.models.projection import fold_tensor
-from deme_diffusion.weights import State, Weights, check_same_keys, stream_to
+from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, check_same_keys, stream_to
 
 METADATA_KEY, MODEL_INDEX = "deme_merge", "model_index.json"
 
@@ -98,8 +98,9 @@ def write_merged(
         with stream_to(out / name, header, metadata) as writer:
             for key in writer.keys:
                 writer.write(key, merger.tensor(key, weights))
-    for file in merger.base.path.glob("*.json"):
-        shutil.copy(file, out / file.name)
+    for name in ("config.json", f"{WEIGHTS_NAME}.index.json"):
+        if (merger.base.path / name).is_file():
+            shutil.copy(merger.base.path / name, out / name)
 
 
 def write_pipeline(
@@ -116,6 +117,9 @@ def write_pipeline(
     for name in _parts(pipeline):
         if name != component and (pipeline / name).is_dir():
             shutil.copytree(pipeline / name, out / name, dirs_exist_ok=True)
+        elif (pipeline / f"{name}_config.json").is_file():  # all parts in one folder
+            (out / name).mkdir(exist_ok=True)
+            shutil.copy(pipeline / f"{name}_config.json", out / name)
     shutil.copy(pipeline / MODEL_INDEX, out / MODEL_INDEX)
     write_merged(merger, weights, out / component, recipe=recipe)
 

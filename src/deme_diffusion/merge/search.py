@@ -88,13 +88,13 @@ def grid(num_experts: int, settings: MergeSettings) -> Iterator[Candidate]:
 def candidates(num_experts: int, settings: MergeSettings, quadratic: Callable[[], Quadratic]) -> list[Candidate]:
     """All that a search will score, each point once. Raises UserError above `max_evaluations`."""
     proposals = list(always(num_experts))
+    points = {"grid": len(settings.grid_values) ** num_experts, "least_squares": len(settings.scales)}
+    if (count := points.get(settings.search, 0) + len(proposals)) > settings.max_evaluations:
+        raise UserError(
+            f"merge.search {settings.search}: {count} candidates for {num_experts} experts, more than "
+            f"merge.max_evaluations={settings.max_evaluations}; use fewer grid_values or scales, or raise the limit"
+        )
     if settings.search == "grid":
-        count = len(settings.grid_values) ** num_experts
-        if count > settings.max_evaluations:
-            raise UserError(
-                f"merge.grid_values: {len(settings.grid_values)} values for {num_experts} experts make {count} points, "
-                f"more than merge.max_evaluations={settings.max_evaluations}; use fewer values or least_squares"
-            )
         proposals += grid(num_experts, settings)
     elif settings.search == "least_squares":
         proposals += least_squares(quadratic(), settings)

@@ -11,6 +11,7 @@ from torch import nn
 
 from deme_diffusion.config import PretrainSettings
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.files import part_of
 from deme_diffusion.models.denoiser import Condition, Denoiser, Noised
 from deme_diffusion.rng import seed_of
 from deme_diffusion.weights import Weights, check_component
@@ -41,15 +42,14 @@ class DDPM(Denoiser):
     def load(cls, folder: Path) -> Self:
         from diffusers import DDPMScheduler
 
-        check_component(folder / cls.component)
-        config = json.loads((folder / cls.component / "config.json").read_text())
-        if config.get("_class_name") != "UNet2DModel":
-            raise UserError(
-                f"{folder / cls.component}: a {config.get('_class_name')}, but family ddpm needs a UNet2DModel"
-            )
-        module = _unet(folder / cls.component)
+        component = part_of(folder, cls.component)
+        check_component(component)
+        kind = json.loads((component / "config.json").read_text()).get("_class_name")
+        if kind != "UNet2DModel":
+            raise UserError(f"{component}: a {kind}, but family ddpm needs a UNet2DModel")
+        module = _unet(component)
         # Any discrete scheduler's config carries the betas and the prediction type; DDPM is the training process.
-        return cls(module, DDPMScheduler.from_pretrained(folder / "scheduler"))
+        return cls(module, DDPMScheduler.from_pretrained(part_of(folder, "scheduler")))
 
     @classmethod
     def from_scratch(cls, settings: PretrainSettings, *, out_seed: int) -> Self:
@@ -63,7 +63,7 @@ class DDPM(Denoiser):
         return cls(module, DDPMScheduler(**settings.scheduler.model_dump()))
 
     def component_from(self, folder: Path) -> nn.Module:
-        return _unet(folder / self.component).eval()
+        return _unet(part_of(folder, self.component)).eval()
 
     def noised(self, batch: dict[str, Any], t: torch.Tensor, noise: torch.Tensor) -> Noised:
         clean = batch["image"]

@@ -96,8 +96,12 @@ class Denoiser(ABC):
 
     @contextmanager
     def teacher(self) -> Iterator[nn.Module]:
-        """The frozen pretrained model; on leaving, its weights are checked to be the very same bits."""
-        module = copy.deepcopy(self.module).requires_grad_(False).eval()
+        """The frozen pretrained model itself (students are copies); on leaving, its bits are checked to be the same."""
+        module = self.module.requires_grad_(False).eval()
         before = state_digest(module.state_dict())
         yield module
         assert state_digest(module.state_dict()) == before, "the teacher's weights were changed during training"
+
+    def student(self) -> nn.Module:
+        """A trainable copy of the pretrained module, in float32: master weights, whatever precision it computes in."""
+        return copy.deepcopy(self.module).float().requires_grad_(True)

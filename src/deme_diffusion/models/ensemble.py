@@ -42,9 +42,14 @@ class RoutedEnsemble(nn.Module):
         if i not in self._experts:
             while len(self._experts) >= self._resident:
                 self._experts.popitem(last=False)
-            self._experts[i] = self._loaders[i]().to(**self._placed)
+            self._experts[i] = self._placed_like_the_others(self._loaders[i]())
         self._experts.move_to_end(i)
         return self._experts[i]
+
+    def _placed_like_the_others(self, expert: nn.Module) -> nn.Module:
+        parameter = next(expert.parameters(), None)
+        wanted = {key: value for key, value in self._placed.items() if getattr(parameter, key, value) != value}
+        return expert.to(**wanted) if wanted else expert  # diffusers comments on every change of dtype
 
     def forward(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """The component's forward; `timestep` is a number, or a tensor of shape () or (b,)."""

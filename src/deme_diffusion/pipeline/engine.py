@@ -17,7 +17,8 @@ from typing import Any
 from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe, RuntimeSettings
 from deme_diffusion.errors import Interrupted
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.node import Node
 
 log = logging.getLogger(__name__)
 Finished = Callable[[Node, Artefact, bool], None]
@@ -137,6 +138,7 @@ def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -
     """A worker opens the graph once; on a machine with several GPUs it sees one of them."""
     global _worker
     number = numbers.get()
+    os.environ["TQDM_POSITION"] = str(number)  # a line of the terminal for each process's progress bar
     devices = _visible_devices()
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]

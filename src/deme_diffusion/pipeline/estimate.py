@@ -6,8 +6,9 @@ import os
 from math import prod
 from typing import Any
 
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import component_of, read_json, weight_bytes
+from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
 
 FLOPS_PER_CORE = 2.5e10

@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deme_diffusion.artefacts import Key
 from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainSettings
 from deme_diffusion.data.sources import data_digest
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
 from deme_diffusion.errors import UserError
+from deme_diffusion.files import part_of
 from deme_diffusion.pipeline.inputs import Input, check_sampler, component_of, read_json, resolve
+from deme_diffusion.pipeline.node import VERSIONS, Node, Served, StageName
 
-StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "evaluate", "cost"]
-
-VERSIONS: dict[StageName, int] = {
-    "pretrain": 1,
-    "extractor": 1,
-    "decouple": 1,
-    "search": 1,
-    "merge": 1,
-    "sample": 1,
-    "evaluate": 1,
-    "cost": 1,
-}
-"""Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
-
-SCHEDULER = "scheduler/scheduler_config.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """One stage with its inputs. `arguments` are for the stage's function; the key says all that shapes the result."""
-
-    key: Key
-    label: str
-    parents: Mapping[str, Node | Input]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 0
-    images: int = 0
-    exclusive: bool = False
-
-    @property
-    def stage(self) -> str:
-        """Name of the stage."""
-        return self.key.stage
-
-    @property
-    def digest(self) -> str:
-        """The key's digest."""
-        return self.key.digest
-
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """A row's model: one component, or the experts of a routed ensemble."""
-
-    name: str
-    parts: tuple[Node | Input, ...]
-    ensemble: bool = False
+SCHEDULER = "scheduler_config.json"
 
 
 class Graph:
@@ -109,8 +64,8 @@ class Graph:
     def _base(self, download: bool) -> Node | Input:
         model, settings = self.recipe.model, self.recipe.pretrain
         if model.pretrained is not None:
-            needs = ("model_index.json", SCHEDULER)
-            base = resolve(model.pretrained, model.revision, key="model.pretrained", needs=needs, download=download)
+            key, needs = "model.pretrained", ("model_index.json",)
+            base = resolve(model.pretrained, model.revision, key=key, needs=needs, download=download)
             if base.path is not None:
                 component_of(base.path)
             return base
@@ -296,9 +251,10 @@ def num_timesteps(recipe: Recipe, base: Node | Input) -> int:
         return recipe.pretrain.scheduler.num_train_timesteps
     if base.path is None:
         return 1000
-    timesteps = read_json(base.path / SCHEDULER).get("num_train_timesteps")
+    file = part_of(base.path, "scheduler") / SCHEDULER
+    timesteps = read_json(file).get("num_train_timesteps", 1000)  # diffusers' default
     if not isinstance(timesteps, int) or timesteps < 1:
-        raise UserError(f"{base.path / SCHEDULER}: no num_train_timesteps in it")
+        raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
     return timesteps
 
 

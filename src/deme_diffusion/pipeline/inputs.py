@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.files import canonical_digest, tree_digest, visible_files
+from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
@@ -110,7 +110,7 @@ def weight_bytes(file: Path) -> int:
 
 def component_of(base: Path) -> Path:
     """The folder of a pipeline's denoiser. Raises UserError where it has none, or a pickle in its place."""
-    folders = [base / name for name in COMPONENTS if (base / name / "config.json").is_file()]
+    folders = [part_of(base, name) for name in COMPONENTS if (part_of(base, name) / "config.json").is_file()]
     if not folders:
         raise UserError(f"{base}: no {' or '.join(COMPONENTS)} with a config.json; a diffusers pipeline is expected")
     if not any(folders[0].glob("*.safetensors")):

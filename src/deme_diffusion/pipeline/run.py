@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deme_diffusion.artefacts import Artefact, Store, provenance
+from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.engine import run_stages
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import read_json
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import sample_grid

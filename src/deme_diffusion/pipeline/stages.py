@@ -24,7 +24,7 @@ from deme_diffusion.evaluate.features import features_of, real_pixels
 from deme_diffusion.evaluate.objectives import FixedNoiseObjective, FrechetObjective
 from deme_diffusion.evaluate.sample import IMAGES, sample_pixels, sample_to
 from deme_diffusion.evaluate.scores import score_images
-from deme_diffusion.files import append_jsonl, read_jsonl, write_bytes, write_json, write_text
+from deme_diffusion.files import append_jsonl, part_of, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.merge.apply import Merger, write_pipeline
 from deme_diffusion.merge.search import Trial, best, candidates, score
 from deme_diffusion.models import projection
@@ -32,8 +32,9 @@ from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.pipeline.graph import Graph, Node, Served
+from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.rng import seed_of
@@ -80,9 +81,12 @@ class Stages:
 
     def component(self, part: Node | Input) -> nn.Module:
         """One model's component, its projections folded."""
-        folder = self.folder(part)
-        module = self.denoiser.component_from(folder)
-        return projection.fold_into(module, folder / self.denoiser.component).to(self.device)
+        module = self.denoiser.component_from(self.folder(part))
+        return projection.fold_into(module, self.component_folder(part)).to(self.device)
+
+    def component_folder(self, part: Node | Input) -> Path:
+        """Where a model's component lies."""
+        return part_of(self.folder(part), self.denoiser.component)
 
     def module(self, served: Served) -> nn.Module:
         """A row's model, ready to run."""
@@ -155,9 +159,8 @@ class Stages:
     # -- merging -----------------------------------------------------------------------------------
 
     def _merger(self, node: Node, method: str = "task_arithmetic") -> Merger:
-        name = self.denoiser.component
-        experts = [self.folder(part) / name for part in _experts(node)]
-        return Merger(self.folder(self.graph.base) / name, experts, method)
+        experts = [self.component_folder(part) for part in _experts(node)]
+        return Merger(self.component_folder(self.graph.base), experts, method)
 
     def _search(self, node: Node, folder: Path) -> Mapping[str, Any]:
         settings, seed = self.recipe.merge, seed_of(_seed(node), "search")
@@ -269,7 +272,7 @@ class Stages:
                 "latency": milliseconds,
                 "latency_spread": spread,
                 "peak_memory": memory,
-                "disk": cost.disk([self.folder(part) / self.denoiser.component for part in served.parts]),
+                "disk": cost.disk([self.component_folder(part) for part in served.parts]),
             }
         threads = torch.get_num_threads()
         write_json(

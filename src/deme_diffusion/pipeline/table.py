@@ -9,7 +9,8 @@ from typing import Any
 from deme_diffusion.artefacts import Store
 from deme_diffusion.division import name_of
 from deme_diffusion.evaluate.metrics import mean_and_spread
-from deme_diffusion.pipeline.graph import Graph, Node
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.node import Node
 from deme_diffusion.report.tables import Figure, Row
 
 SCORES = ("FD", "KID", "precision", "recall")

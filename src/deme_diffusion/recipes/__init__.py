@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from deme_diffusion.config import Recipe, keys_of, parse
+from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.recipes.checks import keys_of, parse
 
 PACKAGED = Path(__file__).parent
 RESOLVED = "recipe.yaml"
