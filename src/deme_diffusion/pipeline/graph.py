@@ -252,7 +252,10 @@ def num_timesteps(recipe: Recipe, base: Node | Input) -> int:
     if base.path is None:
         return 1000
     file = part_of(base.path, "scheduler") / SCHEDULER
-    timesteps = read_json(file).get("num_train_timesteps", 1000)  # diffusers' default
+    if not file.is_file():
+        raise UserError(f"model.pretrained: {base.path} has no scheduler/{SCHEDULER}")
+    config = read_json(file)
+    timesteps = config.get("num_train_timesteps", 1000 if "_class_name" in config else None)  # diffusers' default
     if not isinstance(timesteps, int) or timesteps < 1:
         raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
     return timesteps
