@@ -408,7 +408,8 @@ def test_out_of_another_recipe_is_refused_and_left_as_it_was(deme: Deme, copied:
     other = write_recipe(copied.parent.parent, {**make_pico_values(pico_pipeline), "seeds": [5]})
     before = (copied / "recipe.yaml").read_bytes(), (copied / "run.json").read_bytes()
     line = deme("run", other, "--out", copied).refusal
-    assert line == f"--out {copied}: holds another recipe (pico); choose another folder"
+    expected = "holds another recipe (seeds is [0] there, [5] here); choose another folder with --out"
+    assert line == f"{copied}: {expected}"
     assert ((copied / "recipe.yaml").read_bytes(), (copied / "run.json").read_bytes()) == before
 
 

@@ -27,13 +27,14 @@ from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline import stages as stages_module
+from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.estimate import plan
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.recipes import Loaded, load
 from deme_diffusion.recipes.checks import parse
-from deme_diffusion.report.tables import read_table
+from deme_diffusion.report.tables import check_protocols, read_table
 from deme_diffusion.weights import WEIGHTS_NAME, State, load_state, save_state, state_digest
 
 Values = dict[str, Any]
@@ -335,6 +336,18 @@ def test_table_has_a_row_a_model_and_the_training_images(finished: Run) -> None:
     for row in rows[:-1]:
         assert set(row["metrics"]) == columns, row["model"]
     assert set(rows[-1]["metrics"]) == {name for name in columns if "DDIM" in name or "DDPM" in name}
+
+
+def test_too_few_training_images_have_no_score_and_the_table_stands(pico_values: Values) -> None:
+    graph = graph_of(pico_values)
+    samples = [f"{sampler.label}/0" for sampler in graph.recipe.evaluate.samplers]
+    scores = {"FD": 1.0, "KID": 0.1, "precision": 0.5, "recall": 0.5}
+    full, few = scores | {"n": graph.recipe.evaluate.num_images}, scores | {"n": 3}
+    base = table._image_scores(graph, {0: {"reference_images": 9, "images": dict.fromkeys(samples, full)}}, "cnn")
+    real = table._image_scores(graph, {0: {"reference_images": 9, "images": {"real": few}}}, "cnn")
+    check_protocols([{"model": "base", "metrics": base}, {"model": "training images", "metrics": real}])
+    assert all(figure["mean"] is None and "3 images" in figure["reason"] for figure in real.values())
+    assert all(figure["mean"] is not None for figure in base.values())
 
 
 def test_every_figure_carries_mean_spread_n_seeds_and_protocol(finished: Run) -> None:

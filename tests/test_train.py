@@ -22,9 +22,9 @@ from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.decouple.ema import Ema
 from deme_diffusion.decouple.progress import Progress
 from deme_diffusion.decouple.step import Job, StepLosses, total
-from deme_diffusion.decouple.train import MOST_SKIPPED, _update, train
+from deme_diffusion.decouple.train import MOST_SKIPPED, _stop_signals, _update, train
 from deme_diffusion.division import Runs, reported, whole
-from deme_diffusion.errors import Interrupted, MachineError
+from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.files import read_jsonl
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
@@ -164,6 +164,13 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path, images: Split, he
     assert everything(tmp_path, images, held_out, combine=counting)["steps"] == 4
     assert counting.calls == 0
     assert (tmp_path / "unet" / WEIGHTS_NAME).exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_wish_to_stop() -> None:
+    with _stop_signals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
 
 
 def test_lines_of_a_step_that_no_checkpoint_knows_are_written_once(
@@ -549,6 +556,11 @@ def updates(skipping: set[int], count: int) -> Progress:
         _update(FakeAccelerator(), optimizer, [], losses, job(), progress, ["[0,10)"])  # type: ignore[arg-type]
         progress.step += 1
     return progress
+
+
+def test_fp16_is_refused_where_it_would_quietly_be_fp32(tmp_path: Path, images: Split) -> None:
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train(make_pico_denoiser(), images, job(mixed_precision="fp16"), tmp_path, runtime=runtime())
 
 
 def test_under_a_grad_scaler_an_overflow_skips_the_update_and_is_no_error() -> None:

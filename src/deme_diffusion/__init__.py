@@ -19,7 +19,10 @@ __all__ = ["Result", "run"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: its folder, the merged pipeline's folder (None with merge.method=none), the evidence."""
+    """What a run leaves: its folder, the merged pipeline's folder, the evidence.
+
+    With several seeds `merged` is the first one's; with merge.method=none it is None.
+    """
 
     folder: Path
     merged: Path | None
@@ -39,5 +42,4 @@ def run(recipe: str, *overrides: str, out: str | Path | None = None) -> Result:
     opened = open_run(load(recipe, overrides), out=None if out is None else Path(out))
     opened.execute()
     table, verdict = opened.report()
-    merged = opened.folder / "merged"
-    return Result(opened.folder, merged if merged.exists() else None, table, verdict)
+    return Result(opened.folder, opened.merged if opened.merged.exists() else None, table, verdict)

@@ -204,11 +204,10 @@ def _seal(folder: Path, key: Key, results: Record) -> Artefact:
         "provenance": provenance(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    # Before the checkpoints go: results that are not JSON must not cost the training.
     manifest = json.loads(json.dumps(manifest, allow_nan=False))
-    with explained("remove", folder / WORK), contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder / WORK)
+    # The checkpoints go last: results that are not JSON, a full disk or a kill must not cost the training.
     write_json(folder / MANIFEST, manifest)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     return Artefact(folder, manifest)
 
 

@@ -241,7 +241,7 @@ def _show_table(opened: Any, as_json: bool) -> None:
     console = Console(soft_wrap=False)
     console.print(rich_table(rows, width=console.width))
     print(said.sentence)
-    for path in (opened.folder / "merged", opened.folder / "report.html"):
+    for path in (opened.merged, opened.folder / "report.html"):
         if path.exists():
             print(path)
 
@@ -264,6 +264,10 @@ def main() -> None:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename or 'the machine'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
+            raise
+        _fail("out of memory: lower decouple.train_batch_size or runtime.sample_batch_size, and run again to go on", 1)
 
 
 def _terminated(number: int, frame: Any) -> None:

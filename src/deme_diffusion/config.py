@@ -231,7 +231,7 @@ class EvaluateSettings(Settings):
 class RuntimeSettings(Settings):
     """What changes no result, and stays out of every digest."""
 
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="one of several GPUs: CUDA_VISIBLE_DEVICES")
     jobs: Positive = Field(1, description="experts trained at once, each in its own process")
     threads: NonNegative = Field(0, description="CPU threads of a process; 0 divides the cores among the jobs")
     dataloader_num_workers: NonNegative = 0

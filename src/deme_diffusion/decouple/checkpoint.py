@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -45,15 +46,14 @@ def save(work: Path, checkpoint: Checkpoint, *, limit: int) -> None:
 
 def latest(work: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; broken ones are named in the log and passed over."""
-    import json
-
     for folder in reversed(_folders(work)):
         try:
             record = json.loads((folder / RECORD).read_text())
             if file_digest(folder / TENSORS) != record["sha256"]:
                 raise ValueError("checksum differs")
             return Checkpoint(int(record["step"]), load_state(folder / TENSORS), record)
-        except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        # Not every OSError: what cannot be read at the moment must not be deleted for it.
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as problem:
             log.warning("%s is not whole (%s): going back to the one before", folder, problem)
             shutil.rmtree(folder)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -63,19 +64,19 @@ def restore(
         ema.restore(saved.part("ema"), progress.updates)
     if accelerator.scaler is not None and saved.record["scaler"]:
         accelerator.scaler.load_state_dict(saved.record["scaler"])
-    for key, now in environment.items():
-        if progress.environment.get(key) != now:
-            log.warning("resumed with %s %s instead of %s: the result may differ in the last bits", key, now,
-                        progress.environment.get(key))  # fmt: skip
+    for key, before in progress.environment.items():
+        if (now := environment.get(key)) != before:
+            log.warning("resumed with %s %s instead of %s: the result may differ in the last bits", key, now, before)
     progress.environment = environment
     return progress
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, Any]:
     """What exactness is relative to."""
+    device = accelerator.device
     return {
-        "torch": torch.__version__,
-        "device": str(accelerator.device.type),
+        **{name: metadata.version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from deme_diffusion.decouple.progress import Progress, environment_of, restore, 
 from deme_diffusion.decouple.result import best_file, drop_older_bests, write_result
 from deme_diffusion.decouple.step import Combine, Job, StepLosses, TrainStep, total
 from deme_diffusion.division import name_of, reported, whole
-from deme_diffusion.errors import Interrupted, MachineError
+from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.models.projection import Projected
@@ -37,6 +38,8 @@ from deme_diffusion.weights import save_state
 
 log = logging.getLogger(__name__)
 MOST_SKIPPED = 20
+SAME_STOP = 1.0
+"""Seconds in which further signals are the same wish: one to a process group reaches a worker twice."""
 Preview = Callable[[nn.Module, Path], None]
 
 
@@ -67,7 +70,8 @@ def train(
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.adam_weight_decay,
-        fused=True,
+        # A fused optimizer skips an overflow inside its kernel, where accelerate's `step_was_skipped` cannot see it.
+        fused=settings.mixed_precision != "fp16",
     )
     student, optimizer = accelerator.prepare(student.train(), optimizer)
     ema = Ema(parameters, settings) if settings.use_ema else None
@@ -150,7 +154,11 @@ def train(
 def _accelerator(mixed_precision: str, device: str) -> Accelerator:
     # One process trains several models, perhaps at several precisions, which accelerate's singleton would refuse.
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu")
+    # `auto` means CUDA or the CPU, as it does for sampling; accelerate alone would take a Mac's GPU, without float64.
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed_precision: fp16 needs a GPU (accelerate would quietly train in fp32); use bf16 or no")
+    return accelerator
 
 
 def _learning_rates(job: Job) -> Callable[[int], float]:
@@ -259,9 +267,15 @@ def _stop_signals() -> Iterator[threading.Event]:
         yield stop
         return
 
+    first = math.inf
+
     def request(number: int, frame: Any) -> None:
+        nonlocal first
+        if time.monotonic() > first + SAME_STOP:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first = min(first, time.monotonic())
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

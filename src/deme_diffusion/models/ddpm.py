@@ -37,6 +37,8 @@ class DDPM(Denoiser):
                 f"unet: {config.out_channels} output channels for {config.in_channels} input channels; "
                 "models that also learn the variance are not supported"
             )
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
+            raise UserError("unet: it asks for class labels; class-conditional models are not supported")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -49,7 +51,14 @@ class DDPM(Denoiser):
             raise UserError(f"{component}: a {kind}, but family ddpm needs a UNet2DModel")
         module = _unet(component)
         # Any discrete scheduler's config carries the betas and the prediction type; DDPM is the training process.
-        return cls(module, DDPMScheduler.from_pretrained(part_of(folder, "scheduler")))
+        scheduler: Any = DDPMScheduler.from_pretrained(part_of(folder, "scheduler"))
+        given = DDPMScheduler.load_config(part_of(folder, "scheduler"))
+        known = [compatible.__name__ for compatible in scheduler.compatibles]
+        if given.get("_class_name") not in known and "beta_schedule" not in given:
+            raise UserError(
+                f"{folder}: a {given.get('_class_name')} has no discrete schedule of betas, which family ddpm needs"
+            )
+        return cls(module, scheduler)
 
     @classmethod
     def from_scratch(cls, settings: PretrainSettings, *, out_seed: int) -> Self:

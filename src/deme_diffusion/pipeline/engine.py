@@ -16,7 +16,7 @@ from typing import Any
 
 from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe, RuntimeSettings
-from deme_diffusion.errors import Interrupted
+from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 
@@ -29,6 +29,8 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
 
     Raises Interrupted when a signal stopped a stage that can go on, and whatever a stage raises.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # every process would wait for the lock that the first one holds
+        raise UserError("deme starts its own processes: run it plainly, with --jobs K, not under accelerate launch")
     waiting = []
     for node in nodes:
         artefact = store.find(node.key)
@@ -81,8 +83,13 @@ def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: i
                     finished(node, artefact, False)
         except BaseException as error:
             _stop(pool, running)
-            if isinstance(error, KeyboardInterrupt | BrokenProcessPool) and not isinstance(error, Interrupted):
+            if isinstance(error, KeyboardInterrupt):
                 raise Interrupted("stopped; stages that were training have written checkpoints") from None
+            if isinstance(error, BrokenProcessPool):
+                why = (
+                    "a process of ours died (out of memory?); lower runtime.jobs or batch sizes, and run again to go on"
+                )
+                raise MachineError(why) from None
             raise
 
 
@@ -166,8 +173,8 @@ def _interrupt(number: int, frame: Any) -> None:
     It must not die: the pool would take that for a crash, and kill the others before their checkpoints.
     """
     global _stopping
-    _stopping = True
-    if _busy:
+    again, _stopping = _stopping, True
+    if _busy and not again:  # a second one, as a process group gets, must not break into what ends the stage
         raise KeyboardInterrupt
 
 

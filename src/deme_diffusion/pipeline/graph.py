@@ -14,6 +14,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.files import part_of
 from deme_diffusion.pipeline.inputs import Input, check_sampler, component_of, read_json, resolve
 from deme_diffusion.pipeline.node import VERSIONS, Node, Served, StageName
+from deme_diffusion.report.cells import REAL_IMAGES
 
 SCHEDULER = "scheduler_config.json"
 
@@ -40,7 +41,7 @@ class Graph:
         for seed, models in self.served.items():
             for served in models:
                 self._evaluated(served, seed)
-        self._evaluated(Served("training images", ()), recipe.seeds[0])
+        self._evaluated(Served(REAL_IMAGES, ()), recipe.seeds[0])
         self.cost = self._cost()
 
     # -- stages ------------------------------------------------------------------------------------

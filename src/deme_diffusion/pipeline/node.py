@@ -23,8 +23,6 @@ VERSIONS: dict[StageName, int] = {
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
 
-SCHEDULER = "scheduler_config.json"
-
 
 @dataclass(frozen=True, eq=False)
 class Node:

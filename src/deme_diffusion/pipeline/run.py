@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,20 @@ class Run:
         resolved = self.folder / RESOLVED
         if resolved.exists():
             there = load(str(self.folder)).recipe
-            if there.model_dump(exclude={"runtime"}) != self.recipe.model_dump(exclude={"runtime"}):
-                raise UserError(f"--out {self.folder}: holds another recipe ({there.name}); choose another folder")
+            changed = _first_difference(
+                there.model_dump(mode="json", exclude={"runtime"}), self.recipe.model_dump(mode="json")
+            )
+            if changed:
+                raise UserError(f"{self.folder}: holds another recipe ({changed}); choose another folder with --out")
+        with suppress(UserError, KeyError, TypeError):  # what this command does not make keeps its seconds
+            self.stages = self.recorded()
         write_text(resolved, to_yaml(self.recipe))
         self._note()
 
     def _note(self) -> None:
         # Every stage is named before it exists, so that a clean-up beside a run takes nothing away from it.
         known = [{"stage": node.stage, "digest": node.digest, "label": node.label} for node in self.graph.nodes]
-        stages = [{**entry, **self.stages.get(entry["digest"], {})} for entry in known]
+        stages = [{**self.stages.get(entry["digest"], {}), **entry} for entry in known]
         write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
 
     def _finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
@@ -75,16 +81,22 @@ class Run:
         return {entry["digest"]: entry for entry in stages}
 
     def _link(self) -> None:
-        """`base`, `experts/<seed>/<i>` and `merged` beside the table, for whoever opens the folder."""
-        one = len(self.recipe.seeds) == 1
+        """`base`, `experts/<i>` and `merged` beside the table; with several seeds `experts-seed<s>/<i>` and so on."""
         base = self.graph.base
         self._link_to(self.store.folder(base.key) if isinstance(base, Node) else base.folder, "base")
         for seed, experts in self.graph.experts.items():
-            suffix = "" if one else f"-seed{seed}"
             for i, expert in enumerate(experts):
-                self._link_to(self.store.folder(expert.key), f"experts{suffix}/{i}")
+                self._link_to(self.store.folder(expert.key), f"experts{self._suffix(seed)}/{i}")
             if seed in self.graph.merged:
-                self._link_to(self.store.folder(self.graph.merged[seed].key), f"merged{suffix}")
+                self._link_to(self.store.folder(self.graph.merged[seed].key), f"merged{self._suffix(seed)}")
+
+    def _suffix(self, seed: int) -> str:
+        return "" if len(self.recipe.seeds) == 1 else f"-seed{seed}"
+
+    @property
+    def merged(self) -> Path:
+        """Where the merged pipeline is linked, made or not; with several seeds that of the first."""
+        return self.folder / f"merged{self._suffix(self.recipe.seeds[0])}"
 
     def _link_to(self, target: Path, name: str) -> None:
         if target.exists():
@@ -119,7 +131,7 @@ class Run:
             "curves": self._curves(seed),
             "grids": self._grids(seed),
             "base_model": self.graph.base.label,
-            "merged_path": str(self.folder / ("merged" if len(self.recipe.seeds) == 1 else f"merged-seed{seed}")),
+            "merged_path": str(self.merged),
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
@@ -164,6 +176,17 @@ class Run:
             write_bytes(path.with_suffix(".png"), sample_grid(np.array(images), columns=16, scale=4))
             grids[name] = f"figures/{name}.npy"
         return grids
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = "") -> str:
+    """`key is X there, Y here` for the first setting of `there` that differs; '' where none does."""
+    for key, value in there.items():
+        if isinstance(value, dict) and isinstance(here[key], dict):
+            if deeper := _first_difference(value, here[key], f"{above}{key}."):
+                return deeper
+        elif value != here[key]:
+            return f"{above}{key} is {value!r} there, {here[key]!r} here"
+    return ""
 
 
 def _how(artefact: Artefact, reused: bool) -> str:

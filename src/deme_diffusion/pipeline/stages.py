@@ -98,7 +98,8 @@ class Stages:
 
     def fixed_noise(self, split: SplitName, ranges: list[list[list[int]]]) -> FixedNoise:
         """The fixed-noise loss on a split."""
-        return FixedNoise(self.denoiser, self.splits[split], ranges, self.recipe.evaluate.loss)
+        batch_size = self.recipe.runtime.sample_batch_size
+        return FixedNoise(self.denoiser, self.splits[split], ranges, self.recipe.evaluate.loss, batch_size)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -135,7 +136,8 @@ class Stages:
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
-        validation = FixedNoise(denoiser, self.splits["search"], ranges, self.recipe.evaluate.loss)
+        loss, batch_size = self.recipe.evaluate.loss, self.recipe.runtime.sample_batch_size
+        validation = FixedNoise(denoiser, self.splits["search"], ranges, loss, batch_size)
 
         def preview(module: nn.Module, path: Path) -> None:
             sampler = self.recipe.merge.sampler
@@ -186,10 +188,10 @@ class Stages:
                 self.recipe.runtime.sample_batch_size,
             )
             proposals = candidates(node.arguments["experts"], settings, lambda: loss)
-            known = [Trial(**record) for record in read_jsonl(folder / TRIALS)] if (folder / TRIALS).exists() else []
+            known = [Trial(**record) for record in read_jsonl(folder / TRIALS)]
             trials: list[Trial] = []
             for trial in score(proposals, metric, known):
-                if len(trials) >= len(known):
+                if trial not in known:
                     append_jsonl(folder / TRIALS, vars(trial))
                 trials.append(trial)
                 log.info("%s: %s %s -> %.4f", node.label, trial.source, _short(trial.weights), trial.value)

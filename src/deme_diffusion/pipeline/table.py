@@ -11,7 +11,7 @@ from deme_diffusion.division import name_of
 from deme_diffusion.evaluate.metrics import mean_and_spread
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
-from deme_diffusion.report.tables import Figure, Row
+from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row
 
 SCORES = ("FD", "KID", "precision", "recall")
 PREPROCESSING = "8-bit, [-1, 1], not resized"
@@ -27,7 +27,9 @@ def rows(graph: Graph, store: Store, extractor: str) -> list[Row]:
     result: list[Row] = []
     for name, by_seed in measured.items():
         metrics: dict[str, Figure] = {}
-        if name != "training images":
+        if name == "base":  # no training seed touches it, and its loss draws nothing: one value, no spread
+            metrics |= _losses(graph, dict([next(iter(by_seed.items()))]))
+        elif name != REAL_IMAGES:
             metrics |= _losses(graph, by_seed)
         metrics |= _image_scores(graph, by_seed, extractor)
         if name in costs["models"]:
@@ -55,12 +57,14 @@ def _losses(graph: Graph, by_seed: dict[int, dict[str, Any]]) -> dict[str, Figur
 def _loss_figure(graph: Graph, values: list[float], by_seed: dict[int, Any], points: int) -> Figure:
     loss = graph.recipe.evaluate.loss
     protocol = {"loss": "fixed noise", "draws": loss.draws, "seed": loss.seed, "n": points, "split": "report"}
+    protocol["data"] = f"{graph.recipe.data.source} {graph.data.digest}"
     return _figure(values, points, list(by_seed), protocol)
 
 
 def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: str) -> dict[str, Figure]:
     settings, figures = graph.recipe.evaluate, dict[str, Figure]()
     reference = next(iter(by_seed.values()))["reference_images"]
+    data = f"{graph.recipe.data.source} {graph.data.digest}"
     for sampler in settings.samplers:
         protocol = {
             "extractor": f"{extractor} {graph.extractor.digest}",
@@ -71,12 +75,18 @@ def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: s
             "n": settings.num_images,
             "split": "report",
             "reference": reference,
+            "data": data,
             "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
         }
         for score in SCORES:
             values, count = _values(by_seed, sampler.label, score)
             name = f"{score}({extractor})" if score in ("FD", "KID") else score
-            figures[f"{name} {sampler.label}"] = _figure(values, count, list(by_seed), {**protocol, "n": count})
+            balls = {} if score in ("FD", "KID") else {"neighbours": settings.neighbours}
+            figure = _figure(values, count, list(by_seed), {**protocol, **balls})
+            if count != settings.num_images:  # all of these metrics depend on n, and there are only so many real images
+                reason = f"{count:,} images and views, fewer than the {settings.num_images:,} of the models"
+                figure |= {"mean": None, "spread": None, "reason": reason}
+            figures[f"{name} {sampler.label}"] = figure
     return figures
 
 
@@ -98,6 +108,7 @@ def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
         "threads": costs["threads"],
         "sampler": graph.recipe.evaluate.samplers[0].label,
         "per": "step",
+        "statistic": "median, half the range",
     }
     latency: Figure = {
         "mean": cost["latency"],
