@@ -19,7 +19,7 @@ import yaml
 from conftest import T, make_pico_values
 from deme_diffusion import cli
 from deme_diffusion.artefacts import Key, Store
-from deme_diffusion.errors import Interrupted, MachineError
+from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.pipeline import run as runs
 from deme_diffusion.pipeline.inputs import ASSETS
 from deme_diffusion.recipes import packaged, to_yaml
@@ -206,9 +206,9 @@ def test_dry_run_of_one_stage_shows_what_it_needs_and_no_more(deme: Deme) -> Non
         (["digits", "model.pretrained=./no/base"], "model.pretrained: './no/base' is no folder"),
         (["digits", "model.pretrained=packaged:digit-base"], "model.pretrained: nothing is packaged as"),
         (["digits", "extractor.pretrained=packaged:digits-base"], "extractor.pretrained: "),
-        (["digits", "merge.sampler.name=DDIMSchedulr"], "merge.sampler: diffusers has no 'DDIMSchedulr'; did you mean"),
+        (["digits", "merge.sampler.name=DDIMSchedulr"], "merge.sampler: 'DDIMSchedulr' is no sampler of diffusers"),
         (["digits", "merge.sampler.num_inference_steps=1001"], "merge.sampler: 1001 steps of DDIMScheduler, but the"),
-        (["digits", "evaluate.samplers=[{name: DDPM}, {name: DDIMScheduler}]"], "evaluate.samplers.0: diffusers has"),
+        (["digits", "evaluate.samplers=[{name: DDPM}, {name: DDIMScheduler}]"], "evaluate.samplers.0: 'DDPM' is no "),
         (["digits", "--out", "file"], "--out file: a file, where a run needs a folder"),
     ],
 )  # fmt: skip
@@ -222,15 +222,28 @@ def test_wrong_input_is_one_line_and_starts_nothing(
 
 
 def test_samplers_are_known_without_importing_diffusers() -> None:
-    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
 
     from deme_diffusion.config import SamplerSettings
     from deme_diffusion.pipeline.inputs import check_sampler
 
-    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-    assert len(names) > 20
+    names = list(KarrasDiffusionSchedulers.__members__)
+    assert len(names) > 10
     for name in names:
         check_sampler(SamplerSettings(name=name), 1000, key="sampler")
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
+        check_sampler(SamplerSettings(name="FlowMatchEulerDiscreteScheduler"), 1000, key="sampler")
+
+
+@pytest.mark.parametrize("share", ["data.report_fraction=0.4", "data.search_fraction=0.3"])
+def test_packaged_models_are_refused_where_a_split_holds_their_training_images(deme: Deme, share: str) -> None:
+    said = deme("run", "digits", share, "--dry-run").refusal
+    assert said.startswith("model.pretrained: packaged:digits-base was trained on all but 0.4 of digits")
+    said = deme("run", "digits", share, "model.pretrained=null", "--dry-run").refusal
+    assert said.startswith("extractor.pretrained: packaged:digits-cnn was trained on all but 0.4 of digits")
+    anew = ["model.pretrained=null", "extractor.pretrained=null"]
+    assert deme("run", "digits", share, *anew, "--dry-run").status == 0
+    assert deme("run", "digits", "data.report_fraction=0.2", "--dry-run").status == 0
 
 
 def test_hub_model_without_network_is_one_line(deme: Deme, monkeypatch: pytest.MonkeyPatch) -> None:

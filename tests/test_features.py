@@ -16,7 +16,7 @@ from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluate import cost, extractor, scores
 from deme_diffusion.evaluate.extractor import SmallClassifier, accuracy, load_extractor, train_extractor
-from deme_diffusion.evaluate.features import extract, features_of, real_pixels
+from deme_diffusion.evaluate.features import features_of, real_pixels
 from deme_diffusion.evaluate.scores import score_images
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.ensemble import RoutedEnsemble
@@ -153,13 +153,6 @@ def test_features_do_not_depend_on_the_batch_size(
     assert (whole.shape, whole.dtype) == ((50, 8), np.float32)
     np.testing.assert_allclose(features_of(pixels, untrained, batch_size), whole, rtol=0, atol=1e-5)
     assert np.abs(whole).max() > 1e-2
-
-
-def test_features_from_a_folder_are_those_of_its_model(
-    trained: tuple[Path, dict[str, Any]], digits: dict[SplitName, Split]
-) -> None:
-    pixels = real_pixels(digits["search"])[:9]
-    assert np.array_equal(extract(pixels, trained[0]), features_of(pixels, load_extractor(trained[0])))
 
 
 def test_real_images_pass_through_quantisation_unchanged(digits: dict[SplitName, Split]) -> None:

@@ -343,8 +343,12 @@ def test_too_few_training_images_have_no_score_and_the_table_stands(pico_values:
     samples = [f"{sampler.label}/0" for sampler in graph.recipe.evaluate.samplers]
     scores = {"FD": 1.0, "KID": 0.1, "precision": 0.5, "recall": 0.5}
     full, few = scores | {"n": graph.recipe.evaluate.num_images}, scores | {"n": 3}
-    base = table._image_scores(graph, {0: {"reference_images": 9, "images": dict.fromkeys(samples, full)}}, "cnn")
-    real = table._image_scores(graph, {0: {"reference_images": 9, "images": {"real": few}}}, "cnn")
+    base = table._image_scores(
+        graph, {0: {"reference_images": 9, "manifold_images": 9, "images": dict.fromkeys(samples, full)}}, "cnn"
+    )
+    real = table._image_scores(
+        graph, {0: {"reference_images": 9, "manifold_images": 9, "images": {"real": few}}}, "cnn"
+    )
     check_protocols([{"model": "base", "metrics": base}, {"model": "training images", "metrics": real}])
     assert all(figure["mean"] is None and "3 images" in figure["reason"] for figure in real.values())
     assert all(figure["mean"] is not None for figure in base.values())
@@ -439,7 +443,8 @@ def test_reference_of_every_score_is_the_report_split(finished: Run, digits: dic
     images = np.load(finished.store.folder(node.key) / "images.npy")
     rows = {row["model"]: row["metrics"] for row in read_table(finished.folder / "table.json")}
     for name, own in (("training images", features["train"][:16]), ("base", features_of(images, extractor))):
-        expected = score_images(features["report"], own, neighbours=3)
+        manifold = features["report"][: len(digits["report"])]
+        expected = score_images(features["report"], own, neighbours=3, manifold=manifold)
         found = rows[name]
         assert found["FD(digits-cnn) DDIM-2"]["mean"] == pytest.approx(expected["FD"], rel=1e-6)
         assert found["recall DDIM-2"]["mean"] == expected["recall"]
@@ -577,7 +582,9 @@ def test_run_from_scratch_with_two_seeds_and_all_controls(values: Values, tmp_pa
     rows = {row["model"]: row["metrics"] for row in read_table(run.folder / "table.json")}
     assert list(rows) == ["base", "all-timesteps", "all-timesteps-searched", "soup", "ensemble", "merged-uniform",
                           "merged", "training images"]  # fmt: skip
-    assert rows["base"]["loss"]["spread"] == 0.0  # one base, the same points
+    assert rows["base"]["loss"]["spread"] is None  # one base, the same points
+    assert "_name_or_path" not in json.loads((run.folder / "base" / "unet" / "config.json").read_text())
+    assert (run.folder / "base" / "trained_on.yaml").read_text() == "held_out: 0.4\nsource: digits\n"
     assert rows["ensemble"]["loss"]["spread"] > 0.0
     assert rows["merged"]["FD(digits-cnn) DDIM-2"]["seeds"] == [3, 4]
     for seed in (3, 4):

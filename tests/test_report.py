@@ -236,7 +236,7 @@ def test_it_helps_only_beyond_the_spread_of_base_and_best_control() -> None:
     )
     base, control = result.comparisons
     assert (base.other, control.other) == ("base", "all-timesteps")
-    assert base.difference == pytest.approx(-0.5) and base.spread == pytest.approx((0.01 + 0.0025) ** 0.5)
+    assert base.difference == pytest.approx(-0.5) and base.margin == pytest.approx((0.01 + 0.0025) ** 0.5)
 
 
 def test_a_gain_that_the_control_shares_is_no_gain() -> None:
@@ -257,6 +257,19 @@ def test_a_better_control_and_a_worse_merged_model_are_said_plainly() -> None:
     assert worse.helps is False
 
 
+def test_seeds_are_paired_where_each_has_a_value() -> None:
+    """Worked by hand: differences -0.3, -0.2, -0.4; s = 0.1; 95% margin = 4.3027 x 0.1 / sqrt(3) = 0.2484."""
+    rows = fd_rows(base=(6.0, 1.0), all_timesteps=(6.1, 1.0), merged=(5.7, 1.0))
+    values = ([5.0, 6.0, 7.0], [5.2, 6.0, 7.1], [4.7, 5.8, 6.6])
+    for r, each in zip(rows, values, strict=True):
+        r["metrics"][FD]["values"] = each
+    base = verdict(rows).comparisons[0]
+    assert base.margin == pytest.approx(0.24841, abs=1e-4)
+    assert base.outcome == "lower", "paired, the seeds tell what their spread alone would hide"
+    rows[2]["metrics"][FD]["seeds"] = [3, 4, 5]
+    assert verdict(rows).comparisons[0].margin == pytest.approx(2**0.5), "other seeds are no pairs"
+
+
 def test_a_difference_within_the_spread_is_none() -> None:
     result = verdict(fd_rows(base=(6.4, 0.3), all_timesteps=(6.5, 0.3), merged=(6.2, 0.3)))
     assert result.helps is False
@@ -271,7 +284,7 @@ def test_one_seed_concludes_nothing(spread: float | None) -> None:
     assert (
         result.sentence.endswith("Nothing can be concluded from one seed.") and "against base's 6.40" in result.sentence
     )
-    assert {c.spread for c in result.comparisons} == {None}
+    assert {c.margin for c in result.comparisons} == {None}
 
 
 def test_every_fd_column_has_to_agree() -> None:

@@ -50,8 +50,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("deme-diffusion"))
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
 ) -> None:
@@ -111,7 +122,7 @@ def _one_stage(name: str, help_text: str, targets: Callable[[Any], Sequence[Any]
 
 _one_stage(
     "pretrain",
-    "Train the recipe's base from scratch (its `pretrain` section), whatever `model.pretrained` says.",
+    "Train the recipe's base from scratch, by its `pretrain` section.",
     lambda graph: graph.of_stage("pretrain"),
     "model.pretrained=null",
 )
@@ -152,7 +163,7 @@ _one_stage("evaluate", "Measure every model of the table.", lambda graph: [*grap
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
-    """Write table, page and model card of a finished run again; nothing is computed."""
+    """Write the table and page of a finished run again."""
     opened = _open(str(run_folder), None, None, None, dry_run=True)
     unfinished = [node.label for node in opened.graph.nodes if opened.store.status(node.key) != "done"]
     if unfinished:
@@ -220,6 +231,7 @@ def _show_plan(opened: Any, as_json: bool, only: set[str] | None = None) -> None
     for stage in planned["stages"]:
         steps = f"{stage['steps']:>8,} steps" if stage["steps"] else ""
         print(f"{stage['status']:<8} {stage['stage']:<10} {stage['digest']}  {stage['label']:<36} {steps}")
+    print(f"run folder: {planned['folder']}")
     if planned["download"]:
         print(f"to download: {planned['download']}")
     time = (

@@ -103,6 +103,14 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_npy(path: Path, array: Any) -> None:
+    """Replace the file by an array in NumPy's format."""
+    import numpy as np
+
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line; a line that a kill had cut short is dropped first, lest this one be glued to it."""
     if _ends_midline(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from deme_diffusion.config import DataSettings
 from deme_diffusion.errors import MachineError
 from deme_diffusion.files import canonical_digest, file_digest
 
+SplitName = Literal["train", "search", "report"]
 Pixels = npt.NDArray[np.uint8]
 
 

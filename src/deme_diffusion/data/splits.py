@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from deme_diffusion.config import DataSettings
 from deme_diffusion.data.augment import augmented
-from deme_diffusion.data.sources import Pixels, Source, open_source
+from deme_diffusion.data.sources import Pixels, Source, SplitName, open_source
 from deme_diffusion.errors import UserError
-
-SplitName = Literal["train", "search", "report"]
 
 
 def split_of(pixels: Pixels, settings: DataSettings) -> SplitName:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from deme_diffusion.data.splits import Split, to_model_range, to_pixels
-from deme_diffusion.evaluate.extractor import SmallClassifier, load_extractor
-
-PREPROCESSING = "8-bit, to [-1, 1], not resized"
+from deme_diffusion.evaluate.extractor import SmallClassifier
 
 
 @torch.no_grad()
@@ -23,11 +19,6 @@ def features_of(
         model.features(to_model_range(pixels[i : i + batch_size])).numpy() for i in range(0, len(pixels), batch_size)
     ]
     return np.concatenate(parts)
-
-
-def extract(pixels: npt.NDArray[np.uint8], extractor: Path) -> npt.NDArray[np.float32]:
-    """Features (n, d) of images (n, h, w, c) by the extractor of a folder."""
-    return features_of(pixels, load_extractor(extractor))
 
 
 def real_pixels(split: Split) -> npt.NDArray[np.uint8]:

@@ -56,10 +56,9 @@ def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finis
 
     from deme_diffusion.pipeline.stages import Stages
 
-    if graph.recipe.runtime.threads:
-        torch.set_num_threads(graph.recipe.runtime.threads)
     stages = Stages(graph, store)
     for node in nodes:
+        torch.set_num_threads(threads_of(graph.recipe.runtime, alone=node.exclusive))
         log.info("%s", node.label)
         finished(node, store.produce(node.key, stages.make(node)), False)
 
@@ -68,7 +67,7 @@ def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: i
     """Whatever is ready goes to a free process, the longest training first."""
     missing = {node.digest: node for node in nodes}
     running: dict[Future[float], Node] = {}
-    with _environment(graph.recipe.runtime, jobs), _pool(graph, store, jobs) as pool:
+    with _environment(graph.recipe.runtime), _pool(graph, store, jobs) as pool:
         try:
             while missing or running:
                 ready = [n for n in missing.values() if not _parents_in(n, missing, running)]
@@ -93,6 +92,13 @@ def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: i
             raise
 
 
+def threads_of(runtime: RuntimeSettings, *, alone: bool = False) -> int:
+    """CPU threads of a process: by the recipe alone, not by how many stages are left, or last bits would differ."""
+    wanted = runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, cores // (1 if alone else runtime.jobs))
+
+
 def _parents_in(node: Node, missing: dict[str, Node], running: dict[Future[float], Node]) -> bool:
     unfinished = {*missing, *(other.digest for other in running.values())}
     return any(parent.digest in unfinished for parent in node.parents.values())
@@ -111,9 +117,8 @@ def _stop(pool: ProcessPoolExecutor, running: dict[Future[float], Node]) -> None
 class _environment:
     """Thread counts that the worker processes inherit: they must be set before torch is imported there."""
 
-    def __init__(self, runtime: RuntimeSettings, jobs: int) -> None:
-        threads = runtime.threads or max(1, (os.cpu_count() or 1) // jobs)
-        self.values, self.before = {"OMP_NUM_THREADS": str(threads)}, dict[str, str | None]()
+    def __init__(self, runtime: RuntimeSettings) -> None:
+        self.values, self.before = {"OMP_NUM_THREADS": str(threads_of(runtime))}, dict[str, str | None]()
 
     def __enter__(self) -> None:
         self.before = {key: os.environ.get(key) for key in self.values}
@@ -133,7 +138,7 @@ def _pool(graph: Graph, store: Store, jobs: int) -> ProcessPoolExecutor:
     for number in range(jobs):
         numbers.put(number)
     level = logging.getLogger().getEffectiveLevel()
-    arguments = (graph.recipe.model_dump(mode="json"), str(store.root), numbers, level)
+    arguments = (graph.pinned().model_dump(mode="json"), str(store.root), numbers, level)
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=arguments)
 
 

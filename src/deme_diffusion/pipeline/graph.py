@@ -8,11 +8,11 @@ from typing import Any
 
 from deme_diffusion.artefacts import Key
 from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainSettings
-from deme_diffusion.data.sources import data_digest
+from deme_diffusion.data.sources import SplitName, data_digest
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import part_of
-from deme_diffusion.pipeline.inputs import Input, check_sampler, component_of, read_json, resolve
+from deme_diffusion.pipeline.inputs import Input, check_sampler, check_unseen, component_of, read_json, resolve
 from deme_diffusion.pipeline.node import VERSIONS, Node, Served, StageName
 from deme_diffusion.report.cells import REAL_IMAGES
 
@@ -69,6 +69,7 @@ class Graph:
             base = resolve(model.pretrained, model.revision, key=key, needs=needs, download=download)
             if base.path is not None:
                 component_of(base.path)
+            check_unseen(base, self.recipe.data, key=key)
             return base
         covered = settings.changed() | _validated(self.recipe, settings)
         parents = {"data": self.data}
@@ -78,7 +79,9 @@ class Graph:
         settings = self.recipe.extractor
         if settings.pretrained is not None:
             needs = ("config.json", "extractor.safetensors")
-            return resolve(settings.pretrained, None, key="extractor.pretrained", needs=needs, download=download)
+            extractor = resolve(settings.pretrained, None, key="extractor.pretrained", needs=needs, download=download)
+            check_unseen(extractor, self.recipe.data, key="extractor.pretrained")
+            return extractor
         covered = {k: v for k, v in settings.changed().items() if k != "pretrained"}
         return self._add("extractor", "extractor", covered, {"data": self.data}, self.recipe.seeds[0])
 
@@ -98,7 +101,9 @@ class Graph:
         return self.recipe.decouple.learning_rate if rates is None else rates[index]
 
     def _search(self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings) -> Node:
-        covered = {k: v for k, v in settings.changed().items() if k not in ("method", "weights")}
+        idle = {"least_squares": ("grid_values",), "grid": ("ridge", "scales"), "none": ()}[settings.search]
+        shapeless = ("method", "weights", "max_evaluations", *idle)  # none of which changes what is found
+        covered = {k: v for k, v in settings.changed().items() if k not in shapeless}
         covered |= {"loss": self.recipe.evaluate.loss.changed()} if self.recipe.evaluate.loss.changed() else {}
         covered |= {"ranges": _served_ranges(self.division)}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
@@ -169,20 +174,37 @@ class Graph:
 
     def _evaluated(self, served: Served, seed: int) -> None:
         settings = self.recipe.evaluate
-        samples: dict[str, Node | Input] = {}
+        features: dict[str, Node | Input] = {}
         for sampler in settings.samplers if served.parts else ():
             for number in range(settings.sampling_seeds):
                 node = self._sample(served, sampler, seed * settings.sampling_seeds + number, seed)
-                samples[f"{sampler.label}/{number}"] = node
+                features[f"{sampler.label}/{number}"] = self._features(node.label.removeprefix("sample "), node)
                 self.samples.setdefault((served.name, seed), node)
-        covered: dict[str, Any] = {"ranges": _served_ranges(self.division), "neighbours": settings.neighbours}
-        covered |= {"loss": settings.loss.changed(), "num_images": settings.num_images}
-        parents: dict[str, Node | Input] = {"data": self.data, "extractor": self.extractor, **samples}
-        parents |= _model_parents(served, self.base) if served.parts else {}
-        arguments = {"served": served, "samples": list(samples)}
+        if not served.parts:  # real training images, scored as if they had been generated
+            features["real"] = self._features("training images", None, "train", settings.num_images)
+        covered: dict[str, Any] = {"neighbours": settings.neighbours}
+        parents: dict[str, Node | Input] = {"reference": self._features("report split", None, "report"), **features}
+        if served.parts:
+            covered |= {"ranges": _served_ranges(self.division), "loss": settings.loss.changed()}
+            parents |= {"data": self.data, **_model_parents(served, self.base)}
+        arguments = {"served": served, "samples": list(features)}
         label = self._named(f"evaluate {served.name}", seed)
-        node = self._add("evaluate", label, covered, parents, None, arguments=arguments)
-        self.evaluations.append((served.name, seed, node))
+        self.evaluations.append(
+            (served.name, seed, self._add("evaluate", label, covered, parents, None, arguments=arguments))
+        )
+
+    def _features(
+        self, label: str, images: Node | None, split: SplitName | None = None, count: int | None = None
+    ) -> Node:
+        """The features of sampled images, or of (the first `count` views of) a real split."""
+        parents: dict[str, Node | Input] = {"extractor": self.extractor, "data": self.data}
+        covered: dict[str, Any] = {}
+        if images is not None:
+            parents = {"extractor": self.extractor, "images": images}
+        else:
+            covered = {"split": split} | ({"count": count} if count else {})
+        arguments = {"split": split, "count": count}
+        return self._add("features", f"features of {label}", covered, parents, None, arguments=arguments)
 
     def _sample(self, served: Served, sampler: SamplerSettings, sampling_seed: int, seed: int) -> Node:
         count = self.recipe.evaluate.num_images
@@ -215,6 +237,13 @@ class Graph:
         """What a metric is named by: the extractor that is given, or `<source>-cnn` for one trained here."""
         name = self.recipe.extractor.pretrained
         return f"{self.recipe.data.source}-cnn" if name is None else Path(name.removeprefix("packaged:")).name
+
+    def pinned(self) -> Recipe:
+        """The recipe with a hub base pinned to the commit it was resolved to: what other processes must open."""
+        if isinstance(self.base, Node) or self.base.commit is None:
+            return self.recipe
+        model = self.recipe.model.model_copy(update={"revision": self.base.commit})
+        return self.recipe.model_copy(update={"model": model})
 
     # -- asking ------------------------------------------------------------------------------------
 

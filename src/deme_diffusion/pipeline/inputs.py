@@ -11,9 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
-from deme_diffusion.config import SamplerSettings
+from deme_diffusion.config import DataSettings, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
 
@@ -21,6 +22,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 COMPONENTS = ("unet", "transformer")
+TRAINED_ON = "trained_on.yaml"
+"""Beside a model of ours: which share of which source it never saw; no part of its digest."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Input:
     label: str
     digest: str
     path: Path | None
+    commit: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -77,9 +81,10 @@ def _packaged(name: str, key: str) -> Input:
 def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
     """A snapshot enters by its commit; without `download` only what the local cache knows is used."""
     if not download:
-        commit = _cached_commit(name, revision)
-        digest = canonical_digest({"hub": name, "commit": commit or revision})[:16]
-        return Input(f"{name}@{(commit or revision)[:8]} (from the hub)", digest, None)
+        commit = _cached_commit(name, revision) or revision
+        cached = _cache_of(name) / "snapshots" / commit
+        digest = canonical_digest({"hub": name, "commit": commit})[:16]
+        return Input(f"{name}@{commit[:8]}", digest, cached if cached.is_dir() else None, commit)
     from huggingface_hub import snapshot_download
 
     try:
@@ -87,16 +92,21 @@ def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
     except Exception as error:  # the hub's client raises a dozen kinds, of which none is ours to mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key}: {name} could not be fetched from the hub ({reason}); give a local folder") from None
-    return Input(f"{name}@{path.name[:8]}", canonical_digest({"hub": name, "commit": path.name})[:16], path)
+    commit = path.name
+    return Input(f"{name}@{commit[:8]}", canonical_digest({"hub": name, "commit": commit})[:16], path, commit)
 
 
 def _cached_commit(name: str, revision: str) -> str | None:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     if len(revision) == 40:
         return revision
-    reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
+    reference = _cache_of(name) / "refs" / revision
     return reference.read_text().strip() if reference.is_file() else None
+
+
+def _cache_of(name: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
 def weight_bytes(file: Path) -> int:
@@ -106,6 +116,25 @@ def weight_bytes(file: Path) -> int:
             return sum(4 * prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch or make it again") from None
+
+
+def check_unseen(model: Input, data: DataSettings, *, key: str) -> None:
+    """Raises UserError when the recipe's search and report splits hold images that the model was trained on."""
+    file = model.path / TRAINED_ON if model.path else None
+    if file is None or not file.is_file():
+        return
+    seen = yaml.safe_load(file.read_text())
+    held_out = data.report_fraction + data.search_fraction
+    if seen["source"] == data.source and held_out > seen["held_out"] + 1e-9:
+        raise UserError(
+            f"{key}: {model.label} was trained on all but {seen['held_out']:g} of {data.source}; the report and search "
+            f"splits take {held_out:g}, so they would hold its training images; lower them, or train it anew with null"
+        )
+
+
+def trained_on(data: DataSettings) -> str:
+    """The content of `TRAINED_ON` for a model trained on the recipe's train split."""
+    return yaml.safe_dump({"source": data.source, "held_out": data.report_fraction + data.search_fraction})
 
 
 def component_of(base: Path) -> Path:
@@ -122,13 +151,16 @@ def component_of(base: Path) -> Path:
 
 def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> None:
     """Raises UserError for a sampler that diffusers does not have, or more steps than the model's T."""
-    # Read from its source: importing diffusers would import torch.
+    # KarrasDiffusionSchedulers lists those that exchange on one noise schedule. Read from its source: importing
+    # diffusers would import torch.
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None and spec.origin is not None, "diffusers is a dependency"
-    exported = (Path(spec.origin).parent / "schedulers" / "__init__.py").read_text()
-    names = re.findall(r'"(\w+Scheduler)"', exported)
+    exported = (Path(spec.origin).parent / "schedulers" / "scheduling_utils.py").read_text()
+    names = re.findall(r"^    (\w+Scheduler) = \d+$", exported, re.MULTILINE)
     if sampler.name not in names:
-        raise UserError(f"{key}: diffusers has no {sampler.name!r}{nearest(sampler.name, names)}")
+        raise UserError(
+            f"{key}: {sampler.name!r} is no sampler of diffusers for discrete schedules{nearest(sampler.name, names)}"
+        )
     if sampler.num_inference_steps > num_timesteps:
         raise UserError(
             f"{key}: {sampler.num_inference_steps} steps of {sampler.name}, but the model has {num_timesteps} timesteps"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from deme_diffusion.artefacts import Key
 from deme_diffusion.pipeline.inputs import Input
 
-StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "evaluate", "cost"]
+METRICS, COSTS = "metrics.json", "cost.json"
+StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "features", "evaluate", "cost"]
 
 VERSIONS: dict[StageName, int] = {
     "pretrain": 1,
@@ -18,8 +19,9 @@ VERSIONS: dict[StageName, int] = {
     "search": 1,
     "merge": 1,
     "sample": 1,
-    "evaluate": 1,
-    "cost": 1,
+    "features": 1,
+    "evaluate": 2,  # precision and recall: balls around distinct images only
+    "cost": 2,
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
 

@@ -4,102 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from deme_diffusion.artefacts import Store
-from deme_diffusion.config import SamplerSettings
-from deme_diffusion.data.splits import Split, SplitName, load_splits
 from deme_diffusion.decouple.step import Job
 from deme_diffusion.decouple.train import train
-from deme_diffusion.division import from_runs, reported, whole
-from deme_diffusion.evaluate import cost
+from deme_diffusion.division import reported, whole
 from deme_diffusion.evaluate.extractor import load_extractor, train_extractor
-from deme_diffusion.evaluate.features import features_of, real_pixels
 from deme_diffusion.evaluate.objectives import FixedNoiseObjective, FrechetObjective
-from deme_diffusion.evaluate.sample import IMAGES, sample_pixels, sample_to
-from deme_diffusion.evaluate.scores import score_images
-from deme_diffusion.files import append_jsonl, part_of, read_jsonl, write_bytes, write_json, write_text
+from deme_diffusion.evaluate.sample import sample_pixels
+from deme_diffusion.files import append_jsonl, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.merge.apply import Merger, write_pipeline
 from deme_diffusion.merge.search import Trial, best, candidates, score
-from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
-from deme_diffusion.models.ensemble import RoutedEnsemble
-from deme_diffusion.models.families import family
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import Input
-from deme_diffusion.pipeline.node import Node, Served
+from deme_diffusion.pipeline.inputs import TRAINED_ON, Input, trained_on
+from deme_diffusion.pipeline.measure import Measuring
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.workbench import ranges_of_node, seed_of_node
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.rng import seed_of
 
 log = logging.getLogger(__name__)
-METRICS, COSTS, SEARCH, TRIALS = "metrics.json", "cost.json", "search.json", "search.jsonl"
+SEARCH, TRIALS = "search.json", "search.jsonl"
 PREVIEW_IMAGES = 64
 
 
-class Stages:
-    """The stages of one graph; what several of them open (splits, the base) is opened once."""
-
-    def __init__(self, graph: Graph, store: Store) -> None:
-        self.graph, self.recipe, self.store = graph, graph.recipe, store
+class Stages(Measuring):
+    """Each method `_<stage>` fills the folder of one stage: here those that train and merge."""
 
     def make(self, node: Node) -> Callable[[Path], Mapping[str, Any] | None]:
         """The function that fills a stage's folder."""
         stage: Callable[[Node, Path], Mapping[str, Any] | None] = getattr(self, f"_{node.stage}")
         return lambda folder: stage(node, folder)
-
-    # -- what stages share -------------------------------------------------------------------------
-
-    def folder(self, part: Node | Input) -> Path:
-        """Where an input lies."""
-        return part.folder if isinstance(part, Input) else self.store.folder(part.key)
-
-    @cached_property
-    def splits(self) -> dict[SplitName, Split]:
-        """The three splits."""
-        return load_splits(self.recipe.data)
-
-    @cached_property
-    def denoiser(self) -> Denoiser:
-        """The base behind its family's interface, on the device that `runtime.device` names."""
-        denoiser = family(self.recipe.model.family).load(self.folder(self.graph.base))
-        denoiser.module.to(self.device).eval()
-        return denoiser
-
-    @property
-    def device(self) -> torch.device:
-        """`auto`: CUDA where there is any."""
-        name = self.recipe.runtime.device
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-    def component(self, part: Node | Input) -> nn.Module:
-        """One model's component, its projections folded."""
-        module = self.denoiser.component_from(self.folder(part))
-        return projection.fold_into(module, self.component_folder(part)).to(self.device)
-
-    def component_folder(self, part: Node | Input) -> Path:
-        """Where a model's component lies."""
-        return part_of(self.folder(part), self.denoiser.component)
-
-    def module(self, served: Served) -> nn.Module:
-        """A row's model, ready to run."""
-        if not served.ensemble:
-            return self.component(served.parts[0])
-        loaders = [lambda part=part: self.component(part) for part in served.parts]
-        resident = self.recipe.runtime.resident_experts
-        return RoutedEnsemble(loaders, self.graph.division, self.denoiser.index, resident=resident).to(self.device)
-
-    def fixed_noise(self, split: SplitName, ranges: list[list[list[int]]]) -> FixedNoise:
-        """The fixed-noise loss on a split."""
-        batch_size = self.recipe.runtime.sample_batch_size
-        return FixedNoise(self.denoiser, self.splits[split], ranges, self.recipe.evaluate.loss, batch_size)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -109,18 +49,20 @@ class Stages:
         from deme_diffusion.models.ddpm import DDPM
 
         settings = self.recipe.pretrain
-        seed = _seed(node)
+        seed = seed_of_node(node)
         denoiser = DDPM.from_scratch(settings, out_seed=seed)
         everything = whole(denoiser.num_train_timesteps)
         job = Job("base", settings, everything, settings.total_steps, settings.learning_rate, seed)
         results = self._train(denoiser, job, folder)
-        module = denoiser.component_from(folder)
-        DDPMPipeline(unet=module, scheduler=denoiser.scheduler).save_pretrained(folder)
+        # Into the module made here, not one read from the folder: diffusers would write the folder's path into config.
+        denoiser.module.load_state_dict(denoiser.component_from(folder).state_dict())
+        DDPMPipeline(unet=denoiser.module, scheduler=denoiser.scheduler).save_pretrained(folder)
+        write_text(folder / TRAINED_ON, trained_on(self.recipe.data))
         return results
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
         settings, what = self.recipe.decouple, node.arguments
-        seed = _seed(node) if not what["copy"] else seed_of(_seed(node), "copy", what["copy"])
+        seed = seed_of_node(node) if not what["copy"] else seed_of(seed_of_node(node), "copy", what["copy"])
         job = Job(
             node.label,
             settings,
@@ -156,7 +98,8 @@ class Stages:
 
     def _extractor(self, node: Node, folder: Path) -> Mapping[str, Any]:
         train_split, search_split = self.splits["train"], self.splits["search"]
-        return train_extractor(train_split, search_split, self.recipe.extractor, seed=_seed(node), out=folder)
+        write_text(folder / TRAINED_ON, trained_on(self.recipe.data))
+        return train_extractor(train_split, search_split, self.recipe.extractor, seed=seed_of_node(node), out=folder)
 
     # -- merging -----------------------------------------------------------------------------------
 
@@ -165,7 +108,7 @@ class Stages:
         return Merger(self.component_folder(self.graph.base), experts, method)
 
     def _search(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        settings, seed = self.recipe.merge, seed_of(_seed(node), "search")
+        settings, seed = self.recipe.merge, seed_of(seed_of_node(node), "search")
         with self._merger(node) as merger:
             shell = self.component(self.graph.base)
 
@@ -174,7 +117,7 @@ class Stages:
                 return shell
 
             loaders = [lambda part=part: self.component(part) for part in _experts(node)]
-            noise = self.fixed_noise("search", _ranges(node))
+            noise = self.fixed_noise("search", ranges_of_node(node))
             loss = FixedNoiseObjective(noise, self.denoiser.module, loaders, materialise)
             extractor = load_extractor(self.folder(self.graph.extractor))
             metric = FrechetObjective(
@@ -209,12 +152,8 @@ class Stages:
         with self._merger(node, node.arguments["method"]) as merger:
             base = self.folder(self.graph.base)
             write_pipeline(merger, weights, base, self.denoiser.component, folder, recipe=recipe)
-        card: dict[str, Any] = {
-            "recipe": self.recipe.name,
-            "description": self.recipe.description,
-            "weights": {"merged": weights},
-        }
-        card |= {"demonstration": self.recipe.demonstration, "base_model": self.graph.base.label}
+        # Runs that share this artefact have other recipes: a run's own card, with its table, is model_card.md.
+        card = {"recipe": f"merge {node.digest}", "weights": {"merged": weights}, "base_model": self.graph.base.label}
         write_text(folder / "README.md", model_card(card))
         return {"weights": weights, **found}
 
@@ -228,73 +167,9 @@ class Stages:
         found = {key: artefact.results[key] for key in ("source", "value", "objective")}
         return list(artefact.results["weights"]), found
 
-    # -- measuring ---------------------------------------------------------------------------------
-
-    def _sample(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        sampler: SamplerSettings = node.arguments["sampler"]
-        served: Served = node.arguments["served"]
-        count = self.recipe.evaluate.num_images
-        batch_size = self.recipe.runtime.sample_batch_size
-        sample_to(
-            folder, self.denoiser, self.module(served), sampler, seed=_seed(node), count=count, batch_size=batch_size
-        )
-        return {"images": count}
-
-    def _evaluate(self, node: Node, folder: Path) -> None:
-        served: Served = node.arguments["served"]
-        extractor = load_extractor(self.folder(self.graph.extractor))
-        settings = self.recipe.evaluate
-        reference = features_of(real_pixels(self.splits["report"]), extractor)
-        result: dict[str, Any] = {"reference_images": len(reference), "images": {}, "losses": None}
-        for name in node.arguments["samples"]:
-            pixels = np.load(self.folder(node.parents[name]) / IMAGES)
-            result["images"][name] = score_images(reference, features_of(pixels, extractor), settings.neighbours)
-        if served.parts:
-            noise = self.fixed_noise("report", _ranges(node))
-            losses = noise.losses(self.module(served))
-            points = [len(noise.split) * noise.settings.draws for _ in losses]
-            result["losses"] = {"ranges": losses, "overall": noise.overall(losses), "points": points}
-        else:  # the real training images, scored as if they had been generated
-            real = real_pixels(self.splits["train"])[: settings.num_images]
-            result["images"]["real"] = score_images(reference, features_of(real, extractor), settings.neighbours)
-            result["images"]["real"]["n"] = len(real)
-        write_json(folder / METRICS, result)
-
-    def _cost(self, node: Node, folder: Path) -> None:
-        sampler: SamplerSettings = node.arguments["sampler"]
-        batch_size = 16
-        rows = {}
-        for served in node.arguments["models"]:
-            module = self.module(served)
-            milliseconds, spread = cost.latency(self.denoiser, module, sampler, batch_size)
-            memory = cost.peak_memory(self.denoiser, module, sampler, batch_size)
-            single = self.component(served.parts[0])
-            rows[served.name] = {
-                "parameters": sum(p.numel() for p in single.parameters()) * len(served.parts),
-                "latency": milliseconds,
-                "latency_spread": spread,
-                "peak_memory": memory,
-                "disk": cost.disk([self.component_folder(part) for part in served.parts]),
-            }
-        threads = torch.get_num_threads()
-        write_json(
-            folder / COSTS, {"models": rows, "batch_size": batch_size, "threads": threads, "repeats": cost.REPEATS}
-        )
-
-
-def _seed(node: Node) -> int:
-    assert node.key.seed is not None, f"{node.label} has no seed"
-    return node.key.seed
-
 
 def _experts(node: Node) -> list[Node | Input]:
     return [node.parents[f"expert {i}"] for i in range(node.arguments["experts"])]
-
-
-def _ranges(node: Node) -> list[list[list[int]]]:
-    ranges: Any = node.key.settings["ranges"]
-    assert all(len(from_runs(runs)) for runs in ranges)
-    return list(ranges)
 
 
 def _short(weights: Sequence[float]) -> str:

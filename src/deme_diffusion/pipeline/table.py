@@ -9,12 +9,12 @@ from typing import Any
 from deme_diffusion.artefacts import Store
 from deme_diffusion.division import name_of
 from deme_diffusion.evaluate.metrics import mean_and_spread
+from deme_diffusion.evaluate.scores import PREPROCESSING
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.node import COSTS, METRICS, Node
 from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row
 
 SCORES = ("FD", "KID", "precision", "recall")
-PREPROCESSING = "8-bit, [-1, 1], not resized"
 MEGABYTE = 1e6
 
 
@@ -22,8 +22,8 @@ def rows(graph: Graph, store: Store, extractor: str) -> list[Row]:
     """One row a model, in the order of the table; the score of real training images last."""
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     for name, seed, node in graph.evaluations:
-        measured.setdefault(name, {})[seed] = _read(store, node, "metrics.json")
-    costs = _read(store, graph.cost, "cost.json")
+        measured.setdefault(name, {})[seed] = _read(store, node, METRICS)
+    costs = _read(store, graph.cost, COSTS)
     result: list[Row] = []
     for name, by_seed in measured.items():
         metrics: dict[str, Figure] = {}
@@ -63,7 +63,7 @@ def _loss_figure(graph: Graph, values: list[float], by_seed: dict[int, Any], poi
 
 def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: str) -> dict[str, Figure]:
     settings, figures = graph.recipe.evaluate, dict[str, Figure]()
-    reference = next(iter(by_seed.values()))["reference_images"]
+    first = next(iter(by_seed.values()))
     data = f"{graph.recipe.data.source} {graph.data.digest}"
     for sampler in settings.samplers:
         protocol = {
@@ -74,14 +74,18 @@ def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: s
             "eta": sampler.eta,
             "n": settings.num_images,
             "split": "report",
-            "reference": reference,
+            "reference": first["reference_images"],
             "data": data,
             "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
         }
         for score in SCORES:
             values, count = _values(by_seed, sampler.label, score)
             name = f"{score}({extractor})" if score in ("FD", "KID") else score
-            balls = {} if score in ("FD", "KID") else {"neighbours": settings.neighbours}
+            balls = (
+                {}
+                if score in ("FD", "KID")
+                else {"neighbours": settings.neighbours, "manifold": first["manifold_images"]}
+            )
             figure = _figure(values, count, list(by_seed), {**protocol, **balls})
             if count != settings.num_images:  # all of these metrics depend on n, and there are only so many real images
                 reason = f"{count:,} images and views, fewer than the {settings.num_images:,} of the models"
@@ -101,11 +105,10 @@ def _values(by_seed: dict[int, dict[str, Any]], sampler: str, score: str) -> tup
 
 
 def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
-    cost, protocol = costs["models"][name], {"batch": costs["batch_size"]}
+    cost, protocol = costs["models"][name], costs["protocol"]
     seeds = [graph.recipe.seeds[0]]
     timing = {
         **protocol,
-        "threads": costs["threads"],
         "sampler": graph.recipe.evaluate.samplers[0].label,
         "per": "step",
         "statistic": "median, half the range",
@@ -120,11 +123,14 @@ def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
     return {
         "parameters": _figure([cost["parameters"]], 1, seeds, {"counted": "kept to serve"}),
         "latency (ms)": latency,
-        "peak memory (MB)": _figure([cost["peak_memory"] / MEGABYTE], 1, seeds, {**protocol, "counted": "tensors"}),
+        "peak memory (MB)": _figure(
+            [cost["peak_memory"] / MEGABYTE], 1, seeds, {"batch": protocol["batch"], "counted": "tensors"}
+        ),
         "disk (MB)": _figure([cost["disk"] / MEGABYTE], 1, seeds, {"counted": "weight files"}),
     }
 
 
 def _figure(values: Sequence[float], n: int, seeds: list[int], protocol: dict[str, Any]) -> Figure:
     mean, spread = mean_and_spread(values)
-    return {"mean": mean, "spread": spread, "n": n, "seeds": seeds, "protocol": protocol}
+    figure: Figure = {"mean": mean, "spread": spread, "n": n, "seeds": seeds, "protocol": protocol}
+    return figure | {"values": list(values)} if len(values) == len(seeds) > 1 else figure

@@ -25,7 +25,10 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
 
 
 class Figure(TypedDict):
-    """One metric of one model: mean and spread (standard deviation) over seeds; no mean only with a reason."""
+    """One metric of one model: mean and spread (standard deviation) over seeds; no mean only with a reason.
+
+    `values`, where there are several seeds, are in their order: what paired differences are taken on.
+    """
 
     mean: float | None
     spread: float | None
@@ -33,6 +36,7 @@ class Figure(TypedDict):
     seeds: list[int]
     protocol: dict[str, Any]
     reason: NotRequired[str]
+    values: NotRequired[list[float]]
 
 
 class Row(TypedDict):

@@ -1,0 +1,88 @@
+"""What the stages of one graph share: folders, splits, the base, and models as they are served; opened once each."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deme_diffusion.artefacts import Store
+from deme_diffusion.data.sources import SplitName
+from deme_diffusion.data.splits import Split, load_splits
+from deme_diffusion.division import from_runs
+from deme_diffusion.files import part_of
+from deme_diffusion.models import projection
+from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.ensemble import RoutedEnsemble
+from deme_diffusion.models.families import family
+from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.pipeline.node import Node, Served
+
+
+class Workbench:
+    """One graph and its store."""
+
+    def __init__(self, graph: Graph, store: Store) -> None:
+        self.graph, self.recipe, self.store = graph, graph.recipe, store
+
+    def folder(self, part: Node | Input) -> Path:
+        """Where an input lies."""
+        return part.folder if isinstance(part, Input) else self.store.folder(part.key)
+
+    @cached_property
+    def splits(self) -> dict[SplitName, Split]:
+        """The three splits."""
+        return load_splits(self.recipe.data)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The base behind its family's interface, on the device that `runtime.device` names."""
+        denoiser = family(self.recipe.model.family).load(self.folder(self.graph.base))
+        denoiser.module.to(self.device).eval()
+        return denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """`auto`: CUDA where there is any."""
+        name = self.recipe.runtime.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+    def component(self, part: Node | Input) -> nn.Module:
+        """One model's component, its projections folded."""
+        module = self.denoiser.component_from(self.folder(part))
+        return projection.fold_into(module, self.component_folder(part)).to(self.device)
+
+    def component_folder(self, part: Node | Input) -> Path:
+        """Where a model's component lies."""
+        return part_of(self.folder(part), self.denoiser.component)
+
+    def module(self, served: Served) -> nn.Module:
+        """A row's model, ready to run."""
+        if not served.ensemble:
+            return self.component(served.parts[0])
+        loaders = [lambda part=part: self.component(part) for part in served.parts]
+        resident = self.recipe.runtime.resident_experts
+        return RoutedEnsemble(loaders, self.graph.division, self.denoiser.index, resident=resident).to(self.device)
+
+    def fixed_noise(self, split: SplitName, ranges: list[list[list[int]]]) -> FixedNoise:
+        """The fixed-noise loss on a split."""
+        batch_size = self.recipe.runtime.sample_batch_size
+        return FixedNoise(self.denoiser, self.splits[split], ranges, self.recipe.evaluate.loss, batch_size)
+
+
+def seed_of_node(node: Node) -> int:
+    """The seed in a stage's key."""
+    assert node.key.seed is not None, f"{node.label} has no seed"
+    return node.key.seed
+
+
+def ranges_of_node(node: Node) -> list[list[list[int]]]:
+    """The ranges in a stage's key."""
+    ranges: Any = node.key.settings["ranges"]
+    assert all(len(from_runs(runs)) for runs in ranges)
+    return list(ranges)
