@@ -10,13 +10,16 @@ from deme_diffusion.artefacts import Key
 from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainSettings
 from deme_diffusion.data.sources import SplitName, data_digest
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
-from deme_diffusion.errors import UserError
-from deme_diffusion.files import part_of
-from deme_diffusion.pipeline.inputs import Input, check_sampler, check_unseen, component_of, read_json, resolve
+from deme_diffusion.pipeline.inputs import (
+    Input,
+    check_sampler,
+    check_unseen,
+    component_of,
+    resolve,
+    timesteps_of,
+)
 from deme_diffusion.pipeline.node import VERSIONS, Node, Served, StageName
 from deme_diffusion.report.cells import REAL_IMAGES
-
-SCHEDULER = "scheduler_config.json"
 
 
 class Graph:
@@ -272,23 +275,9 @@ class Graph:
 
 def make_division(recipe: Recipe, base: Node | Input) -> Division:
     """The recipe's division of the base's timesteps. Raises UserError when N does not fit into T."""
-    return DIVISIONS[recipe.decouple.division](recipe.decouple.num_ranges, num_timesteps(recipe, base))
-
-
-def num_timesteps(recipe: Recipe, base: Node | Input) -> int:
-    """T, from the base's scheduler config; 1000 for a hub model that a dry run has not downloaded."""
-    if isinstance(base, Node):
-        return recipe.pretrain.scheduler.num_train_timesteps
-    if base.path is None:
-        return 1000
-    file = part_of(base.path, "scheduler") / SCHEDULER
-    if not file.is_file():
-        raise UserError(f"model.pretrained: {base.path} has no scheduler/{SCHEDULER}")
-    config = read_json(file)
-    timesteps = config.get("num_train_timesteps", 1000 if "_class_name" in config else None)  # diffusers' default
-    if not isinstance(timesteps, int) or timesteps < 1:
-        raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
-    return timesteps
+    scheduler = recipe.pretrain.scheduler
+    timesteps = scheduler.num_train_timesteps if isinstance(base, Node) else timesteps_of(base)
+    return DIVISIONS[recipe.decouple.division](recipe.decouple.num_ranges, timesteps)
 
 
 def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:

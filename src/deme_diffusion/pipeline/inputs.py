@@ -22,6 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 COMPONENTS = ("unet", "transformer")
+SCHEDULER = "scheduler_config.json"
 TRAINED_ON = "trained_on.yaml"
 """Beside a model of ours: which share of which source it never saw; no part of its digest."""
 
@@ -147,6 +148,20 @@ def component_of(base: Path) -> Path:
         instead = f", only {others[0]}, and pickles are never loaded" if others else ""
         raise UserError(f"{folders[0]}: no safetensors{instead}")
     return folders[0]
+
+
+def timesteps_of(base: Input) -> int:
+    """T, from the scheduler config of a base; 1000 for a hub model that a dry run has not downloaded."""
+    if base.path is None:
+        return 1000
+    file = part_of(base.path, "scheduler") / SCHEDULER
+    if not file.is_file():
+        raise UserError(f"model.pretrained: {base.path} has no scheduler/{SCHEDULER}")
+    config = read_json(file)
+    timesteps = config.get("num_train_timesteps", 1000 if "_class_name" in config else None)  # diffusers' default
+    if not isinstance(timesteps, int) or timesteps < 1:
+        raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
+    return timesteps
 
 
 def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> None:
