@@ -250,7 +250,7 @@ def _show_table(opened: Any, as_json: bool) -> None:
 
     from deme_diffusion.report.tables import rich_table
 
-    console = Console(soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
     console.print(rich_table(rows, width=console.width))
     print(said.sentence)
     for path in (opened.merged, opened.folder / "report.html"):
