@@ -122,7 +122,14 @@ def test_nothing_is_bold_without_a_direction_or_a_difference() -> None:
 
 @pytest.mark.parametrize(
     ("means", "spreads", "decimals"),
-    [([0.0812], [0.0003], 4), ([6.34, 10.8], [0.12], 2), ([163569], [], 0), ([123.4], [0.05], 2), ([6.0], [1e-9], 4)],
+    [
+        ([0.0812], [0.0003], 4),
+        ([6.34, 10.8], [0.12], 2),
+        ([163569], [], 0),
+        ([123.4], [0.05], 2),
+        ([6.0], [1e-9], 4),
+        ([2.12, 2.11, 2.22], [1e-5, 0.04, 0.12], 2),
+    ],
 )
 def test_digits_are_sensible(means: list[float], spreads: list[float], decimals: int) -> None:
     assert decimals_for(means, spreads) == decimals

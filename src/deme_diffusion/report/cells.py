@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
@@ -90,11 +91,14 @@ def number(figure: Figure, decimals: int) -> str:
 
 
 def decimals_for(means: Iterable[float | None], spreads: Iterable[float | None] = ()) -> int:
-    """Decimals that give each mean about 3 significant digits and let each spread show, within reason."""
+    """Decimals that give each mean about 3 significant digits and let the median spread show, within reason.
+
+    Of a few seeds, two may agree by chance: the least spread would print digits that mean nothing.
+    """
     wanted = [_decimals(mean, 3) for mean in means if mean and math.isfinite(mean)]
     showing = [_decimals(spread, 1) for spread in spreads if spread and math.isfinite(spread)]
     base = min(max(wanted, default=0), min(wanted, default=0) + 1)
-    return min(max([base, *showing]), base + 2)
+    return min(max(base, statistics.median_low(showing) if showing else 0), base + 2)
 
 
 def figure_decimals(figures: Iterable[Figure]) -> int:
