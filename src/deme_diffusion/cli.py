@@ -250,9 +250,9 @@ def _show_table(opened: Any, as_json: bool) -> None:
 
     from deme_diffusion.report.tables import rich_table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
     console.print(rich_table(rows, width=console.width))
-    print(said.sentence)
+    print("\n".join([*opened.weights_found(), said.sentence]))
     for path in (opened.merged, opened.folder / "report.html"):
         if path.exists():
             print(path)

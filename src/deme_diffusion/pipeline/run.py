@@ -146,6 +146,16 @@ class Run:
         found = read_json(self.store.folder(search.key) / "search.json") if search else None
         return {"weights": weights, "search": found}
 
+    def weights_found(self) -> list[str]:
+        """A line for each search: its weights, and whether `merged` is then a merge at all."""
+        lines = []
+        for seed, search in self.graph.searches.items():
+            found = read_json(self.store.folder(search.key) / "search.json")
+            listed = ", ".join(f"{w:.3g}" for w in found["weights"])
+            which = f" (seed {seed})" if len(self.recipe.seeds) > 1 else ""
+            lines.append(f"merge weights{which}: {listed}, by {found['source']}{_degenerate(found['weights'])}")
+        return lines
+
     def _curves(self, seed: int) -> dict[str, Any]:
         training, validation = {}, {}
         nodes = [
@@ -187,6 +197,14 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = 
         elif value != here[key]:
             return f"{above}{key} is {value!r} there, {here[key]!r} here"
     return ""
+
+
+def _degenerate(weights: Sequence[float]) -> str:
+    """What a reader must know when the search chose none, or one, of the experts."""
+    used = [i for i, w in enumerate(weights) if w]
+    if not used:
+        return ": merged is the base itself"
+    return f": merged is expert {used[0]} alone" if len(used) == 1 and weights[used[0]] == 1.0 else ""
 
 
 def _how(artefact: Artefact, reused: bool) -> str:

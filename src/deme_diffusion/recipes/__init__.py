@@ -114,7 +114,9 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, part in enumerate(parts):
         valid = keys_of(parts[:depth])
         if part not in valid:
-            raise UserError(f"{dotted}: unknown key{nearest(part, valid)}")
+            sections = [f"{section}.{part}" for section in valid if depth == 0 and part in keys_of([section])]
+            hint = f"; did you mean {sections[0]!r}?" if sections else nearest(part, valid)
+            raise UserError(f"{dotted}: unknown key{hint}")
     for part in parents:
         if not isinstance(values.get(part), dict):
             values[part] = {}
