@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deme_diffusion.config import DataSettings, PretrainSettings, Recipe
 from deme_diffusion.data.splits import Split, SplitName, load_splits
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.recipes.checks import parse
+from deme_diffusion.weights import WEIGHTS_NAME, State
 
 T = 20
 
@@ -67,6 +70,21 @@ def make_pico_values(pipeline: Path | str) -> dict[str, Any]:
         },
         "runtime": {"device": "cpu", "threads": 1},
     }
+
+
+def component(folder: Path, state: State, shards: int = 1) -> Path:
+    """A component folder; with several shards the tensors are dealt out in turn, and an index says where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"_class_name": "Toy"}')
+    if shards == 1:
+        save_file(state, folder / WEIGHTS_NAME)
+        return folder
+    names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    owner = {key: names[i % shards] for i, key in enumerate(state)}
+    for name in names:
+        save_file({key: state[key] for key in state if owner[key] == name}, folder / name)
+    (folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owner}))
+    return folder
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from conftest import make_pico_denoiser
+from conftest import component, make_pico_denoiser
 from deme_diffusion.errors import UserError
 from deme_diffusion.merge.apply import METADATA_KEY, Merger, write_merged, write_pipeline
 from deme_diffusion.merge.methods import METHODS, method
@@ -23,21 +23,6 @@ from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.projection import fold, residual_places
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, save_state, state_digest
-
-
-def component(folder: Path, state: State, shards: int = 1) -> Path:
-    """A component folder; with several shards the tensors are dealt out in turn, and an index says where."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text('{"_class_name": "Toy"}')
-    if shards == 1:
-        save_file(state, folder / WEIGHTS_NAME)
-        return folder
-    names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    owner = {key: names[i % shards] for i, key in enumerate(state)}
-    for name in names:
-        save_file({key: state[key] for key in state if owner[key] == name}, folder / name)
-    (folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owner}))
-    return folder
 
 
 def perturbed(state: State, seed: int, size: float = 1e-2) -> State:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import component
 from deme_diffusion import weights
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.weights import (
@@ -62,21 +63,6 @@ def header_of(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return header
-
-
-def component(folder: Path, state: State, shards: int = 1) -> Path:
-    """A component folder; with several shards the tensors are dealt out in turn, and an index says where."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    if shards == 1:
-        save_file(state, folder / WEIGHTS_NAME)
-        return folder
-    names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    owner = {key: names[i % shards] for i, key in enumerate(state)}
-    for name in names:
-        save_file({key: state[key] for key in state if owner[key] == name}, folder / name)
-    (folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owner}))
-    return folder
 
 
 def small_state() -> State:
