@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--recipe digits] [--steps 60] [--repeats 5]
 
-The step is timed inside the real loop (`decouple.train.train`), from one call of its `combine` to the next, so it
+The step is timed inside the real loop (`decoupling.train.train`), from one call of its `combine` to the next, so it
 holds everything: data, augmentation, noise, losses, clipping, optimizer, EMA and the journal. Parts and steps are
 timed in turn, and medians over repeats are printed with their range.
 """
@@ -23,9 +23,9 @@ from torch import nn
 
 from deme_diffusion.data.loading import Order, steps
 from deme_diffusion.data.splits import load_splits
-from deme_diffusion.decouple.ema import Ema
-from deme_diffusion.decouple.step import Job, total
-from deme_diffusion.decouple.train import train
+from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.step import Job, total
+from deme_diffusion.decoupling.train import train
 from deme_diffusion.division import uniform
 from deme_diffusion.models.families import family
 from deme_diffusion.models.projection import Projected

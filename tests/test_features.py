@@ -14,10 +14,10 @@ from deme_diffusion.config import AugmentSettings, DataSettings, ExtractorSettin
 from deme_diffusion.data.splits import Split, SplitName, load_splits, to_pixels
 from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluate import cost, extractor, scores
-from deme_diffusion.evaluate.extractor import SmallClassifier, accuracy, load_extractor, train_extractor
-from deme_diffusion.evaluate.features import features_of, real_pixels
-from deme_diffusion.evaluate.scores import score_images
+from deme_diffusion.evaluation import cost, extractor, scores
+from deme_diffusion.evaluation.extractor import SmallClassifier, accuracy, load_extractor, train_extractor
+from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.scores import score_images
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.weights import save_state, state_digest

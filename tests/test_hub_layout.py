@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme_diffusion.config import Recipe
-from deme_diffusion.merge.apply import Merger, write_pipeline
+from deme_diffusion.merging.apply import Merger, write_pipeline
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.weights import WEIGHTS_NAME, Weights, modern_name

@@ -21,12 +21,12 @@ MAY_IMPORT = {
     "weights": ["errors", "files", "config", "rng", "division"],
     "data": BELOW_DATA,
     "models": [*BELOW_DATA, "data"],
-    "decouple": BELOW_SIBLINGS,
-    "merge": [*BELOW_DATA, "data", "models.projection"],
-    "evaluate": BELOW_SIBLINGS,
+    "decoupling": BELOW_SIBLINGS,
+    "merging": [*BELOW_DATA, "data", "models.projection"],
+    "evaluation": BELOW_SIBLINGS,
     "report": ["errors", "files", "config", "artefacts"],
-    "pipeline": [*BELOW_SIBLINGS, "decouple", "merge", "evaluate", "report"],
-    "cli": [*BELOW_SIBLINGS, "decouple", "merge", "evaluate", "report", "pipeline"],
+    "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report"],
+    "cli": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
 }
 MAY_IMPORT["__init__"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__main__"] = ["cli"]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from conftest import component, make_pico_denoiser
 from deme_diffusion.errors import UserError
-from deme_diffusion.merge.apply import METADATA_KEY, Merger, write_merged, write_pipeline
-from deme_diffusion.merge.methods import METHODS, method
-from deme_diffusion.merge.vectors import TaskVector, Weight, interpolate
+from deme_diffusion.merging.apply import METADATA_KEY, Merger, write_merged, write_pipeline
+from deme_diffusion.merging.methods import METHODS, method
+from deme_diffusion.merging.vectors import TaskVector, Weight, interpolate
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.projection import fold, residual_places

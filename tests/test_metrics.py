@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deme_diffusion.evaluate.metrics import (
+from deme_diffusion.evaluation.metrics import (
     Statistics,
     frechet_distance,
     kernel_distance,

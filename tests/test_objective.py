@@ -14,8 +14,8 @@ from conftest import T, make_pico_denoiser
 from deme_diffusion.config import AugmentSettings, DataSettings, DecoupleSettings, LossSettings
 from deme_diffusion.data.loading import Batch, Order, steps
 from deme_diffusion.data.splits import Split, SplitName, load_splits
-from deme_diffusion.decouple.step import Job, TrainStep
-from deme_diffusion.decouple.timesteps import draw_timesteps
+from deme_diffusion.decoupling.step import Job, TrainStep
+from deme_diffusion.decoupling.timesteps import draw_timesteps
 from deme_diffusion.division import Runs, from_runs, reported, uniform, whole
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Noised

@@ -20,9 +20,9 @@ from deme_diffusion.artefacts import Store, clean, referenced
 from deme_diffusion.config import LossSettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluate.extractor import load_extractor
-from deme_diffusion.evaluate.features import features_of, real_pixels
-from deme_diffusion.evaluate.scores import score_images
+from deme_diffusion.evaluation.extractor import load_extractor
+from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.scores import score_images
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise

@@ -12,8 +12,16 @@ import torch
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluate import sample as sampling
-from deme_diffusion.evaluate.sample import CURSOR, IMAGES, image_seeds, make_scheduler, sample, sample_pixels, sample_to
+from deme_diffusion.evaluation import sample as sampling
+from deme_diffusion.evaluation.sample import (
+    CURSOR,
+    IMAGES,
+    image_seeds,
+    make_scheduler,
+    sample,
+    sample_pixels,
+    sample_to,
+)
 from deme_diffusion.models.ddpm import DDPM
 
 DDIM = SamplerSettings(num_inference_steps=4)

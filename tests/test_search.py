@@ -17,10 +17,10 @@ from deme_diffusion.config import LossSettings, MergeSettings, Recipe, SamplerSe
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluate import objectives
-from deme_diffusion.evaluate.extractor import SmallClassifier
-from deme_diffusion.evaluate.objectives import FixedNoiseObjective, FrechetObjective, refuse_report
-from deme_diffusion.merge.search import (
+from deme_diffusion.evaluation import objectives
+from deme_diffusion.evaluation.extractor import SmallClassifier
+from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, refuse_report
+from deme_diffusion.merging.search import (
     Candidate,
     Trial,
     always,

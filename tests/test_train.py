@@ -19,10 +19,10 @@ from torch import nn
 from conftest import T, make_pico_denoiser
 from deme_diffusion.config import AugmentSettings, DataSettings, DecoupleSettings, LossSettings, RuntimeSettings
 from deme_diffusion.data.splits import Split, load_splits
-from deme_diffusion.decouple.ema import Ema
-from deme_diffusion.decouple.progress import Progress
-from deme_diffusion.decouple.step import Job, StepLosses, total
-from deme_diffusion.decouple.train import MOST_SKIPPED, _stop_signals, _update, train
+from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.progress import Progress
+from deme_diffusion.decoupling.step import Job, StepLosses, total
+from deme_diffusion.decoupling.train import MOST_SKIPPED, _stop_signals, _update, train
 from deme_diffusion.division import Runs, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.files import read_jsonl
@@ -588,7 +588,7 @@ def test_a_skipped_update_does_not_move_the_average(
         progress.skipped_in_a_row += 1
         return float("inf")
 
-    monkeypatch.setattr("deme_diffusion.decouple.train._update", skipping)
+    monkeypatch.setattr("deme_diffusion.decoupling.train._update", skipping)
     results = train(make_pico_denoiser(), images, job(steps=3), tmp_path, runtime=runtime(checkpointing_steps=1))
     assert (results["steps"], results["updates"]) == (3, 2)
     second, third = (tmp_path / "work" / f"checkpoint-{step:08d}" / "state.safetensors" for step in (2, 3))

@@ -13,11 +13,11 @@ import torch
 
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.sources import SplitName
-from deme_diffusion.evaluate import cost
-from deme_diffusion.evaluate.extractor import load_extractor
-from deme_diffusion.evaluate.features import features_of, real_pixels
-from deme_diffusion.evaluate.sample import IMAGES, sample_to
-from deme_diffusion.evaluate.scores import score_images
+from deme_diffusion.evaluation import cost
+from deme_diffusion.evaluation.extractor import load_extractor
+from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.sample import IMAGES, sample_to
+from deme_diffusion.evaluation.scores import score_images
 from deme_diffusion.files import write_json, write_npy
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import COSTS, METRICS, Node, Served

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from deme_diffusion.decouple.step import Job
-from deme_diffusion.decouple.train import train
+from deme_diffusion.decoupling.step import Job
+from deme_diffusion.decoupling.train import train
 from deme_diffusion.division import reported, whole
-from deme_diffusion.evaluate.extractor import load_extractor, train_extractor
-from deme_diffusion.evaluate.objectives import FixedNoiseObjective, FrechetObjective
-from deme_diffusion.evaluate.sample import sample_pixels
+from deme_diffusion.evaluation.extractor import load_extractor, train_extractor
+from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective
+from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.files import append_jsonl, read_jsonl, write_bytes, write_json, write_text
-from deme_diffusion.merge.apply import Merger, write_pipeline
-from deme_diffusion.merge.search import Trial, best, candidates, score
+from deme_diffusion.merging.apply import Merger, write_pipeline
+from deme_diffusion.merging.search import Trial, best, candidates, score
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline.inputs import TRAINED_ON, Input, trained_on

@@ -8,8 +8,8 @@ from typing import Any
 
 from deme_diffusion.artefacts import Store
 from deme_diffusion.division import name_of
-from deme_diffusion.evaluate.metrics import mean_and_spread
-from deme_diffusion.evaluate.scores import PREPROCESSING
+from deme_diffusion.evaluation.metrics import mean_and_spread
+from deme_diffusion.evaluation.scores import PREPROCESSING
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import COSTS, METRICS, Node
 from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deme_diffusion.decouple.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
-from deme_diffusion.decouple.ema import Ema
+from deme_diffusion.decoupling.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from deme_diffusion.decoupling.ema import Ema
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from deme_diffusion.decouple.ema import Ema
-from deme_diffusion.decouple.progress import Progress
+from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.progress import Progress
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.projection import Projected

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.merge.vectors import Weight, interpolate
+from deme_diffusion.merging.vectors import Weight, interpolate
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import nn
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import Split
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluate.extractor import SmallClassifier
-from deme_diffusion.evaluate.features import features_of, real_pixels
-from deme_diffusion.evaluate.metrics import frechet_distance, statistics
-from deme_diffusion.evaluate.sample import sample_pixels
+from deme_diffusion.evaluation.extractor import SmallClassifier
+from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.metrics import frechet_distance, statistics
+from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 

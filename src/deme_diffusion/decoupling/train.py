@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from deme_diffusion.config import RuntimeSettings
 from deme_diffusion.data.loading import Batch, Order, steps
 from deme_diffusion.data.splits import Split
-from deme_diffusion.decouple import checkpoint as checkpoints
-from deme_diffusion.decouple.ema import Ema
-from deme_diffusion.decouple.journal import Journal
-from deme_diffusion.decouple.progress import Progress, environment_of, restore, snapshot
-from deme_diffusion.decouple.result import best_file, drop_older_bests, write_result
-from deme_diffusion.decouple.step import Combine, Job, StepLosses, TrainStep, total
+from deme_diffusion.decoupling import checkpoint as checkpoints
+from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.journal import Journal
+from deme_diffusion.decoupling.progress import Progress, environment_of, restore, snapshot
+from deme_diffusion.decoupling.result import best_file, drop_older_bests, write_result
+from deme_diffusion.decoupling.step import Combine, Job, StepLosses, TrainStep, total
 from deme_diffusion.division import name_of, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.models.denoiser import Denoiser

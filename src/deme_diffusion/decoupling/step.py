@@ -10,7 +10,7 @@ from torch import nn
 
 from deme_diffusion.config import TrainSettings
 from deme_diffusion.data.loading import Batch
-from deme_diffusion.decouple.timesteps import draw_timesteps
+from deme_diffusion.decoupling.timesteps import draw_timesteps
 from deme_diffusion.division import Runs, from_runs, owners, reported
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import consistency_loss, denoising_loss, min_snr_weights

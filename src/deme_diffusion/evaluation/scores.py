@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from deme_diffusion.evaluate.metrics import frechet_distance, kernel_distance, precision_recall, statistics
+from deme_diffusion.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, statistics
 
 Features = npt.NDArray[np.float32]
 PREPROCESSING = "8-bit, to [-1, 1], not resized"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deme_diffusion.config import SamplerSettings
-from deme_diffusion.evaluate.sample import image_seeds, make_scheduler, sample
+from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample
 from deme_diffusion.models.denoiser import Denoiser
 
 REPEATS = 5

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.merge.methods import method
-from deme_diffusion.merge.vectors import Weight, wide
+from deme_diffusion.merging.methods import method
+from deme_diffusion.merging.vectors import Weight, wide
 from deme_diffusion.models import projection
 from deme_diffusion.models.projection import fold_tensor
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, check_same_keys, stream_to

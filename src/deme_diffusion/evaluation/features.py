@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from deme_diffusion.data.splits import Split, to_model_range, to_pixels
-from deme_diffusion.evaluate.extractor import SmallClassifier
+from deme_diffusion.evaluation.extractor import SmallClassifier
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from deme_diffusion.decouple.step import StepLosses
+from deme_diffusion.decoupling.step import StepLosses
 from deme_diffusion.files import truncate_jsonl
 
 LOSSES, VALIDATION = "loss.jsonl", "validation.jsonl"

@@ -1,0 +1,36 @@
+"""Every stage's settings: frozen, typed, refusing unknown keys by the nearest name; YAML in, YAML out. No torch.
+
+A recipe is one `Recipe`. Settings that diffusers' scripts have keep their names there. Every technique has an off
+value, so an ablation is one override.
+"""
+
+from deme_diffusion.config.base import Settings
+from deme_diffusion.config.evaluation import (
+    EvaluateSettings,
+    ExtractorSettings,
+    LossSettings,
+    MergeSettings,
+    SamplerSettings,
+)
+from deme_diffusion.config.inputs import AugmentSettings, DataSettings, ModelSettings, ScheduleSettings, UNetSettings
+from deme_diffusion.config.recipe import Recipe, RuntimeSettings
+from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, TrainSettings
+
+__all__ = [
+    "AugmentSettings",
+    "DataSettings",
+    "DecoupleSettings",
+    "EvaluateSettings",
+    "ExtractorSettings",
+    "LossSettings",
+    "MergeSettings",
+    "ModelSettings",
+    "PretrainSettings",
+    "Recipe",
+    "RuntimeSettings",
+    "SamplerSettings",
+    "ScheduleSettings",
+    "Settings",
+    "TrainSettings",
+    "UNetSettings",
+]

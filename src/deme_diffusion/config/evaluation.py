@@ -1,0 +1,108 @@
+"""How models are sampled, merged and measured."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from deme_diffusion.config.base import Positive, Probability, Settings
+
+
+class SamplerSettings(Settings):
+    """A diffusers scheduler by class name and how it is stepped."""
+
+    name: str = "DDIMScheduler"
+    num_inference_steps: Positive = 50
+    eta: Probability = 0.0
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+
+    @property
+    def label(self) -> str:
+        """Short name of a table's column: `DDIM-50`."""
+        eta = f"-eta{self.eta:g}" if self.eta else ""
+        spacing = f"-{self.timestep_spacing}" if self.timestep_spacing else ""
+        return f"{self.name.removesuffix('Scheduler')}-{self.num_inference_steps}{eta}{spacing}"
+
+
+class ExtractorSettings(Settings):
+    """The feature extractor that names the metric.
+
+    `classifier`: `packaged:NAME`, a folder, or null to train one on the recipe's labels (`deme extractor`).
+    `inception`: the published FID weights, a local file or null for the download. `transformers`: a vision model
+    (DINOv2, CLIP), a folder or a hub name.
+    """
+
+    kind: Literal["classifier", "inception", "transformers"] = "classifier"
+    pretrained: str | None = "packaged:digits-cnn"
+    revision: str | None = None
+    channels: Positive = 32
+    stages: Positive = Field(1, description="times that the classifier halves the resolution")
+    features: Positive = 64
+    total_steps: Positive = 3000
+    train_batch_size: Positive = 128
+    learning_rate: float = Field(2e-3, gt=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _packaged_only_for_classifiers(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind", "classifier") != "classifier":
+            return {"pretrained": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _transformers_has_a_name(self) -> Self:
+        if self.kind == "transformers" and self.pretrained is None:
+            raise ValueError("kind transformers needs pretrained: a folder or a hub name, as facebook/dinov2-base")
+        return self
+
+
+class LossSettings(Settings):
+    """The fixed-noise loss: every held-out view at `draws` timesteps of each range, noise and t keyed by the seed."""
+
+    draws: Positive = 4
+    seed: int = 0
+
+
+class MergeSettings(Settings):
+    """How the experts become one model (Sec. 3.3); `method=none` serves the ensemble, `search=none` is uniform."""
+
+    method: Literal["task_arithmetic", "none"] = "task_arithmetic"
+    weights: tuple[float, ...] | None = Field(None, description="given weights, one an expert; needs search=none")
+    search: Literal["none", "least_squares", "grid"] = "least_squares"
+    ridge: float = Field(1e-3, ge=0.0, description="pull of least squares towards 0, relative to A's mean diagonal")
+    scales: tuple[float, ...] = Field((0.5, 1.0, 1.5), description="multiples of the least-squares weights to score")
+    grid_values: tuple[float, ...] = Field((0.0, 0.25, 0.5), description="values a weight takes in the grid")
+    max_evaluations: Positive = Field(128, description="a search that would score more candidates is refused")
+    num_images: Positive = Field(1000, description="images a candidate is scored on, with common seeds")
+    sampler: SamplerSettings = SamplerSettings(num_inference_steps=20)
+
+    @model_validator(mode="after")
+    def _weights_or_search(self) -> Self:
+        if self.weights is not None and self.search != "none":
+            raise ValueError(f"weights are given, so search must be none, not {self.search}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """What the table measures; the reference is the report split."""
+
+    samplers: tuple[SamplerSettings, ...] = (
+        SamplerSettings(),
+        SamplerSettings(name="DDPMScheduler", num_inference_steps=100),
+    )
+    num_images: Positive = 10_000
+    sampling_seeds: Positive = Field(1, description="sets of images a model; seeds differ between training seeds")
+    loss: LossSettings = LossSettings()
+    neighbours: Positive = Field(3, description="k of precision and recall")
+    density_neighbours: Positive = Field(5, description="k of density and coverage")
+    reference_statistics: str | None = Field(
+        None, description="a published .npz (mu, sigma): a second FD, against these instead of the report split"
+    )
+    controls: tuple[Literal["all-timesteps", "soup", "all-timesteps-searched"], ...] = ("all-timesteps",)
+
+    @model_validator(mode="after")
+    def _two_samplers(self) -> Self:
+        if len({s.label for s in self.samplers}) < 2:
+            raise ValueError("samplers: at least two different ones, since a gain under one alone is no gain")
+        return self

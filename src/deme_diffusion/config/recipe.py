@@ -1,0 +1,65 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deme_diffusion.config.base import NonNegative, Positive, Settings
+from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, MergeSettings
+from deme_diffusion.config.inputs import DataSettings, ModelSettings
+from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
+
+
+class RuntimeSettings(Settings):
+    """What changes no result but its last bits, and stays out of every digest."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="one of several GPUs: CUDA_VISIBLE_DEVICES")
+    jobs: Positive = Field(1, description="experts trained at once, each in its own process")
+    deterministic: bool = Field(False, description="on a GPU: bit-identical when run again, at some cost in speed")
+    compile: bool = Field(False, description="torch.compile the student, the teacher and the sampled model")
+    channels_last: bool = Field(False, description="memory format of convolutions, faster on GPUs in half precision")
+    gradient_checkpointing: bool = Field(
+        False, description="activations computed anew: less memory, more time"
+    )
+    offload_ema: bool = Field(False, description="the moving average in CPU memory")
+    threads: NonNegative = Field(0, description="CPU threads of a process; 0 divides the cores among the jobs")
+    dataloader_num_workers: NonNegative = 0
+    checkpointing_steps: Positive = 500
+    checkpoints_total_limit: Positive = 1
+    logging_steps: Positive = 50
+    preview_steps: NonNegative = Field(0, description="steps between preview grids; 0 is off")
+    sample_batch_size: Positive = 256
+    cache_images_gb: float = Field(4.0, ge=0.0, description="prepared images are stored up to it, else decoded anew")
+    resident_experts: Positive = Field(8, description="most experts of an ensemble in memory at once")
+
+
+class Recipe(Settings):
+    """A whole run. `seeds` are training seeds: each repeats everything that is random, and the table shows spread."""
+
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    demonstration: bool = Field(False, description="label the run as a demonstration, not evidence")
+    seeds: tuple[NonNegative, ...] = Field((0,), min_length=1)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    extractor: ExtractorSettings = ExtractorSettings()
+    decouple: DecoupleSettings = DecoupleSettings()
+    merge: MergeSettings = MergeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        weights, ranges = self.merge.weights, self.decouple.num_ranges
+        if weights is not None and len(weights) != ranges:
+            raise ValueError(f"merge.weights has {len(weights)} values for decouple.num_ranges={ranges}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)} holds one seed twice")
+        if "all-timesteps-searched" in self.evaluate.controls and "all-timesteps" not in self.evaluate.controls:
+            raise ValueError("evaluate.controls: all-timesteps-searched needs all-timesteps beside it")
+        if self.data.caption_column is not None:  # for text-to-image families
+            raise ValueError(f"data.caption_column: family {self.model.family} takes no captions; leave it null")
+        return self

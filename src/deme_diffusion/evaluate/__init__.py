@@ -1,1 +1,0 @@
-"""Evaluate: sampling, features, metrics, cost, and the objectives that a search may ask."""
