@@ -15,6 +15,7 @@ from deme_diffusion.data.loading import Batch, Order, steps
 from deme_diffusion.data.sources import Digits, Pixels
 from deme_diffusion.data.splits import Split, SplitName, load_splits, split_of, to_model_range, to_pixels
 from deme_diffusion.errors import UserError
+from deme_diffusion.rng import image_at
 
 WARP = AugmentSettings(shift=1.0, rotate=20.0, scale=0.2)
 
@@ -34,16 +35,13 @@ class Listed:
     def label(self, index: int) -> int | None:
         return None
 
-    def caption(self, index: int) -> str | None:
-        return None
-
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Splits of given images: listed(images, **settings) -> {split: set of the images' bytes}."""
 
     def split(images: list[Pixels], **settings: float) -> dict[SplitName, set[bytes]]:
-        monkeypatch.setattr("deme_diffusion.data.splits.open_source", lambda settings: Listed(images))
+        monkeypatch.setattr("deme_diffusion.data.splits.Digits", lambda: Listed(images))
         splits = load_splits(DataSettings(**settings))
         return {name: {part.source.pixels(i).tobytes() for i in part.indices} for name, part in splits.items()}
 
@@ -114,8 +112,10 @@ def test_splits_are_made_before_augmentation() -> None:
 
 
 def test_an_empty_split_is_refused_by_name(listed: Any) -> None:
-    with pytest.raises(UserError, match="the report split is empty"):
+    with pytest.raises(UserError, match=r"the report split is empty; raise data\.report_fraction"):
         listed(random_images(0, 50), report_fraction=0.0)
+    with pytest.raises(UserError, match=r"the train split is empty; lower data\.report_fraction"):
+        listed(random_images(0, 8), report_fraction=0.5, search_fraction=0.499)
 
 
 def test_labels_belong_to_their_images_and_their_absence_is_told(digits: dict[SplitName, Split]) -> None:
@@ -209,7 +209,62 @@ def test_views_are_augmented_apart_and_one_view_is_the_image_itself(digits: dict
     many = replace(plain, settings=DataSettings(augment=WARP, views=2))
     assert torch.equal(many.view(1), many.view(1))
     assert not torch.equal(many.view(0), many.view(1))
-    assert torch.equal(many.views(), torch.cat([many.view(0), many.view(1)]))
+    both = torch.cat([many.view(0), many.view(1)])
+    for batch_size in (1024, 100, 7):
+        batches = list(many.views(batch_size))
+        assert max(map(len, batches)) <= batch_size
+        assert torch.equal(torch.cat(batches), both)
+
+
+# --- random crops -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def oblong() -> Split:
+    """Images of 4x9 and 9x4 whose levels are their coordinates, to be cropped to 4x4."""
+    across = np.arange(36, dtype=np.uint8).reshape(4, 9, 1)
+    images = [across, across.transpose(1, 0, 2), across[:, :4]] * 20
+    settings = DataSettings(source="folder", path="anywhere", resolution=4, crop="random")
+    return Split("train", Listed(images), range(60), settings)
+
+
+def cropped(split: Split, first: int = 0, stop: int = 60, **key: Any) -> torch.Tensor:
+    """Training images of positions [first, stop), each keyed by its position."""
+    options = {"seed": 3, "purpose": "augment", "step": 5, **key}
+    return split.training_images(range(first, stop), first=first, **options)
+
+
+def test_random_crops_lie_inside_the_image_and_reach_its_ends(oblong: Split) -> None:
+    crops = to_pixels(cropped(oblong))[..., 0].astype(int)
+    assert crops.shape == (60, 4, 4)
+    starts = crops[:, 0, 0]
+    assert set(starts) == set(range(6))
+    assert (crops[0::3] - starts[0::3, None, None] == np.add.outer(np.arange(4) * 9, np.arange(4))).all()
+    assert (crops[1::3] - starts[1::3, None, None] == np.add.outer(np.arange(4), np.arange(4) * 9)).all()
+    assert (starts[2::3] == 0).all()  # a square has nothing to choose
+
+
+def test_random_crops_are_keyed_by_sample_so_that_batch_boundaries_do_not_matter(oblong: Split) -> None:
+    parts = [cropped(oblong, a, b) for a, b in ((0, 1), (1, 40), (40, 60))]
+    assert torch.equal(cropped(oblong), torch.cat(parts))
+    for other in ({"seed": 4}, {"step": 6}, {"purpose": "y"}):
+        assert not torch.equal(cropped(oblong), cropped(oblong, **other))
+
+
+def test_held_out_images_are_cropped_at_the_centre(oblong: Split) -> None:
+    centre = to_pixels(oblong.images([0, 1, 2]))[..., 0]
+    assert centre[:, 0, 0].tolist() == [3, 3, 0]
+    assert torch.equal(next(oblong.views(3)), oblong.images([0, 1, 2]))
+    assert oblong.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_sees_random_crops_whatever_the_workers(oblong: Split, workers: int) -> None:
+    loaded = [step[0] for step in steps(oblong, Order(8), seed=3, start=0, stop=3, workers=workers)]
+    for step, batch in enumerate(loaded):
+        picked = [image_at(3, step * 8 + i, 60) for i in range(8)]
+        expected = oblong.training_images(picked, seed=3, purpose="augment", step=step, first=0)
+        assert torch.equal(batch["image"], expected)
 
 
 # --- the order of training ----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from deme_diffusion.data.augment import augmented
 from deme_diffusion.data.splits import Split
 from deme_diffusion.rng import image_at, normals
 
@@ -47,9 +46,8 @@ class _MicroBatches(Dataset[Batch]):
         step, micro = divmod(index, self.order.accumulation)
         first = self.order.first(micro)
         slots = range(step * self.order.step_size + first, step * self.order.step_size + first + self.order.batch_size)
-        images = self.split.images([image_at(self.seed, slot, len(self.split)) for slot in slots])
-        augment = self.split.settings.augment
-        images = augmented(images, augment, seed=self.seed, purpose="augment", step=step, first=first)
+        picked = [image_at(self.seed, slot, len(self.split)) for slot in slots]
+        images = self.split.training_images(picked, seed=self.seed, purpose="augment", step=step, first=first)
         # Drawn here, so that loader workers prepare it ahead: half the cost of a large batch is its noise.
         noise = normals(self.seed, "noise", step, first, len(images), tuple(images.shape[1:]))
         return {"image": images, "noise": torch.from_numpy(noise), "step": step, "first": first}

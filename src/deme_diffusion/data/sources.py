@@ -1,33 +1,29 @@
-"""Where images come from. A source yields raw 8-bit images; everything after it is the same for all sources."""
+"""Where images come from. A source yields 8-bit images by index; everything after it is the same for all sources."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from deme_diffusion.config import DataSettings
 from deme_diffusion.errors import MachineError
-from deme_diffusion.files import canonical_digest, file_digest
+from deme_diffusion.files import file_digest
 
 SplitName = Literal["train", "search", "report"]
 Pixels = npt.NDArray[np.uint8]
 
 
 class Source(Protocol):
-    """Images by index: `pixels(i)` is uint8 (height, width, channels); labels and captions are optional."""
+    """Images by index: `pixels(i)` is uint8 (height, width, channels); labels are optional."""
 
     def __len__(self) -> int: ...
 
     def pixels(self, index: int) -> Pixels: ...
 
     def label(self, index: int) -> int | None: ...
-
-    def caption(self, index: int) -> str | None: ...
 
 
 class Digits:
@@ -51,10 +47,6 @@ class Digits:
         """The digit, 0..9."""
         return int(self._labels[index])
 
-    def caption(self, index: int) -> None:
-        """Digits have no captions."""
-        return None
-
     @staticmethod
     def content_digest() -> str:
         """Digest of the embedded file, without importing scikit-learn."""
@@ -62,17 +54,3 @@ class Digits:
         if spec is None or spec.origin is None:
             raise MachineError("data.source digits: scikit-learn is not installed; install deme-diffusion again")
         return file_digest(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz")
-
-
-SOURCES: dict[str, tuple[Callable[[], Source], Callable[[], str]]] = {"digits": (Digits, Digits.content_digest)}
-"""Every source by its name in `data.source`: how to open it, and the digest of its content without opening it."""
-
-
-def open_source(settings: DataSettings) -> Source:
-    """The images that `data` names."""
-    return SOURCES[settings.source][0]()
-
-
-def data_digest(settings: DataSettings) -> str:
-    """Digest of the images together with how they are split, augmented and viewed."""
-    return canonical_digest({"content": SOURCES[settings.source][1](), "settings": settings.changed()})

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from deme_diffusion.config import DataSettings
 from deme_diffusion.data.augment import augmented
-from deme_diffusion.data.sources import Pixels, Source, SplitName, open_source
+from deme_diffusion.data.sources import Digits, Pixels, Source, SplitName
 from deme_diffusion.errors import UserError
+from deme_diffusion.rng import uniforms
+
+SPLITS: tuple[SplitName, ...] = ("train", "search", "report")
 
 
 def split_of(pixels: Pixels, settings: DataSettings) -> SplitName:
@@ -40,42 +45,89 @@ class Split:
 
     name: SplitName
     source: Source
-    indices: list[int]
+    indices: Sequence[int]
     settings: DataSettings
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def images(self, positions: list[int]) -> torch.Tensor:
-        """float32 (b, c, h, w) in [-1, 1], unaugmented, for positions within this split."""
-        return to_model_range(np.stack([self.source.pixels(self.indices[p]) for p in positions]))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w) of an image as training sees it."""
+        return tuple(self.images([0]).shape[1:])
 
-    def labels(self, positions: list[int]) -> torch.Tensor:
+    def images(self, positions: Sequence[int]) -> torch.Tensor:
+        """float32 (b, c, h, w) in [-1, 1], unaugmented, for positions within this split."""
+        return to_model_range(np.stack([self._square(p, 0.5, 0.5) for p in positions]))
+
+    def training_images(
+        self, positions: Sequence[int], *, seed: int, purpose: str, step: int, first: int
+    ) -> torch.Tensor:
+        """`images`, cropped at random and augmented as the settings say; sample i is keyed by first + i."""
+        if self.settings.crop == "random":
+            draws = uniforms(seed, f"crop {purpose}", step, first, len(positions), each=2)
+            images = to_model_range(np.stack([self._square(p, *uv) for p, uv in zip(positions, draws, strict=True)]))
+        else:
+            images = self.images(positions)
+        return augmented(images, self.settings.augment, seed=seed, purpose=purpose, step=step, first=first)
+
+    def _square(self, position: int, u: float, v: float) -> Pixels:
+        """One image, cropped to `data.resolution` where it is longer; (u, v) in [0, 1) place the crop."""
+        pixels, side = self.source.pixels(self.indices[position]), self.settings.resolution
+        height, width = pixels.shape[:2]
+        if side is None or height == width == side:
+            return pixels
+        top, left = int(u * (height - side + 1)), int(v * (width - side + 1))
+        return pixels[top : top + side, left : left + side]
+
+    def labels(self, positions: Sequence[int]) -> torch.Tensor:
         """int64 (b,). Raises UserError when the source has no labels."""
         labels = [self.source.label(self.indices[p]) for p in positions]
         if any(label is None for label in labels):
-            raise UserError(f"data.source {self.settings.source}: its images have no labels")
+            where = f" {self.settings.path}" if self.settings.path else ""
+            raise UserError(f"data.source {self.settings.source}{where}: its images have no labels (data.label_column)")
         return torch.tensor(labels)
 
-    def view(self, view: int) -> torch.Tensor:
-        """Every image once, (n, c, h, w): as it is when `data.views` is 1, else augmented, keyed by (view, image)."""
-        images = self.images(list(range(len(self))))
+    def view(self, view: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Images [start, stop) once, (n, c, h, w): as they are when `data.views` is 1, else augmented by (view, i)."""
+        images = self.images(range(len(self))[start:stop])
         if self.settings.views == 1:
             return images
-        return augmented(images, self.settings.augment, seed=0, purpose=f"view-{self.name}", step=view, first=0)
+        return augmented(images, self.settings.augment, seed=0, purpose=f"view-{self.name}", step=view, first=start)
 
-    def views(self) -> torch.Tensor:
-        """All views of all images, (n * views, c, h, w): what held-out statistics are taken on."""
-        return torch.cat([self.view(v) for v in range(self.settings.views)])
+    def views(self, batch_size: int = 1024) -> Iterator[torch.Tensor]:
+        """All views of all images in batches (b, c, h, w), view after view: what held-out statistics are taken on."""
+        for view in range(self.settings.views):
+            for start in range(0, len(self), batch_size):
+                yield self.view(view, start, min(start + batch_size, len(self)))
 
 
-def load_splits(settings: DataSettings) -> dict[SplitName, Split]:
-    """The three splits. Raises UserError when one of them is empty."""
-    source = open_source(settings)
-    indices: dict[SplitName, list[int]] = {"train": [], "search": [], "report": []}
-    for index in range(len(source)):
-        indices[split_of(source.pixels(index), settings)].append(index)
-    for name, members in indices.items():
-        if not members:
-            raise UserError(f"data: the {name} split is empty; raise data.{name}_fraction or bring more images")
-    return {name: Split(name, source, members, settings) for name, members in indices.items()}
+def load_splits(
+    settings: DataSettings, folder: Path | None = None, commit: str | None = None
+) -> dict[SplitName, Split]:
+    """The three splits; all sources but the embedded one are read from the index in `folder`.
+
+    Raises UserError when one of them is empty.
+    """
+    source, members = _members(settings, folder, commit)
+    for name, indices in members.items():
+        if not indices:
+            share = "lower data.report_fraction" if name == "train" else f"raise data.{name}_fraction"
+            raise UserError(f"data: the {name} split is empty; {share} or bring more images")
+    return {name: Split(name, source, indices, settings) for name, indices in members.items()}
+
+
+def _members(
+    settings: DataSettings, folder: Path | None, commit: str | None
+) -> tuple[Source, dict[SplitName, list[int]]]:
+    members: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
+    if folder is None:
+        assert settings.source == "digits", "all other sources are indexed first"
+        source: Source = Digits()
+        for index in range(min(len(source), settings.max_images or len(source))):
+            members[split_of(source.pixels(index), settings)].append(index)
+        return source, members
+    from deme_diffusion.data.index import Indexed
+
+    indexed = Indexed(settings, folder, commit)
+    return indexed, {name: np.flatnonzero(indexed.split == i).tolist() for i, name in enumerate(SPLITS)}
