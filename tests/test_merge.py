@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from conftest import component, make_pico_denoiser
 from deme_diffusion.errors import UserError
@@ -21,7 +22,8 @@ from deme_diffusion.merging.methods import METHODS, method
 from deme_diffusion.merging.vectors import TaskVector, Weight, interpolate
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
-from deme_diffusion.models.projection import fold, residual_places
+from deme_diffusion.models.placement import residual_places
+from deme_diffusion.models.projection import Projected, attach, attached, fold
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, save_state, state_digest
 
 
@@ -281,7 +283,7 @@ def test_projection_of_a_place_that_the_base_lacks_is_a_user_error(
 ) -> None:
     expert = component(tmp_path / "unet", states[0])
     projection.save(expert, {places[0] + "x": torch.zeros(4, 4)})
-    with pytest.raises(UserError, match=f"follows no operation of .*did you mean '{places[0]}"):
+    with pytest.raises(UserError, match=f"is no operation or block of .*did you mean '{places[0]}'"):
         Merger(base, [expert])
 
 
@@ -290,8 +292,141 @@ def test_projection_of_the_wrong_width_is_a_user_error(
 ) -> None:
     expert = component(tmp_path / "unet", states[0])
     projection.save(expert, {places[0]: torch.zeros(3, 3)})
-    with pytest.raises(UserError, match=r"\(3, 3\) follows no operation"):
+    with pytest.raises(UserError, match=r"is \(3, 3\), but .* has 4 channels there"):
         Merger(base, [expert])
+
+
+# the paper's placement: what folds, and the rest
+
+
+def drawn_for_blocks(seed: int) -> State:
+    random = torch.Generator().manual_seed(seed)
+    width = {"down_blocks.0": 4, "down_blocks.1": 8, "mid_block": 8, "up_blocks.0": 8, "up_blocks.1": 4}
+    return {place: 1e-1 * torch.randn(n, n, generator=random) for place, n in width.items()}
+
+
+REST = ["down_blocks.0", "down_blocks.1", "mid_block"]
+
+
+@pytest.fixture(scope="module")
+def block_matrices() -> list[State]:
+    return [drawn_for_blocks(21), {}, drawn_for_blocks(23)]
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory, states: list[State], block_matrices: list[State]) -> list[Path]:
+    folders = [component(tmp_path_factory.mktemp("blocks") / "unet", state) for state in states]
+    for folder, own in zip(folders, block_matrices, strict=True):
+        projection.save(folder, own)
+    return folders
+
+
+def asked(module: nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8).to(next(module.parameters()).dtype)
+    with torch.no_grad():
+        answer: torch.Tensor = module(x, torch.tensor([3, 15])).sample
+    return answer
+
+
+def attached_by_hand(base: State, states: list[State], matrices: list[State], weights: list[float]) -> torch.Tensor:
+    """What theta + sum_i w_i tau_i with P = I + sum_i w_i D_i after every block answers, in float64 and by hooks."""
+    module = make_pico_denoiser().module.double()
+    module.load_state_dict(eq8(base, states, weights))
+    projected = Projected(module.eval(), "block")
+    for place, matrix in zip(projected.projection.places, projected.projection.matrices, strict=True):
+        own = [w * m[place].double() for w, m in zip(weights, matrices, strict=True) if place in m]
+        matrix.data = torch.stack(own).sum(0)
+    return asked(projected)
+
+
+def test_block_projections_are_merged_then_folded_or_kept(
+    base: Path, blocks: list[Path], base_state: State, states: list[State], block_matrices: list[State]
+) -> None:
+    weights = [0.3, 0.2, 0.6]
+    expected = attached_by_hand(base_state, states, block_matrices, weights)
+    with Merger(base, blocks) as merger:
+        merged = merger.into(make_pico_denoiser().module.eval(), weights)
+        assert sorted(merger.unfolded(weights)) == REST
+    assert sorted(attached(merged)) == REST
+    assert (asked(merged).double() - expected).abs().max() < 1e-5 * expected.abs().max()
+    stock = make_pico_denoiser().module.eval()
+    stock.load_state_dict(merged.state_dict())
+    assert (asked(stock).double() - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_projections_in_double_precision_are_exact(
+    tmp_path: Path, base_state: State, states: list[State], block_matrices: list[State]
+) -> None:
+    base = component(tmp_path / "base", as_double(base_state))
+    experts = [component(tmp_path / str(i), as_double(state)) for i, state in enumerate(states)]
+    for folder, own in zip(experts, block_matrices, strict=True):
+        projection.save(folder, as_double(own))
+    expected = attached_by_hand(base_state, states, block_matrices, [0.3, 0.2, 0.6])
+    with Merger(base, experts) as merger:
+        merged = merger.into(make_pico_denoiser().module.double().eval(), [0.3, 0.2, 0.6])
+    assert (asked(merged) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_a_shell_follows_the_weights_forth_and_back(base: Path, blocks: list[Path]) -> None:
+    shell, plain = make_pico_denoiser().module.eval(), asked(make_pico_denoiser().module.eval())
+    with Merger(base, blocks) as merger:
+        first = asked(merger.into(shell, [0.3, 0.2, 0.6]))
+        assert not torch.equal(asked(merger.into(shell, [0.0, 0.2, 0.6])), first)
+        assert torch.equal(asked(merger.into(shell, [0.0, 0.0, 0.0])), plain)
+        assert torch.equal(asked(merger.into(shell, [0.3, 0.2, 0.6])), first)
+
+
+def test_what_does_not_fold_is_written_beside_the_weights_with_the_recipe_and_said(
+    tmp_path: Path, base: Path, blocks: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, recipe = [0.3, 0.2, 0.6], {"experts": ["aa", "bb", "cc"]}
+    with Merger(base, blocks) as merger:
+        write_merged(merger, weights, tmp_path, recipe=recipe)
+        rest = projection.load(tmp_path)
+        assert state_digest(rest) == state_digest(merger.unfolded(weights))
+        assert state_digest(written(tmp_path)) == state_digest(merger.state(weights))
+    with safe_open(tmp_path / projection.FILE, framework="pt") as file:
+        assert json.loads(file.metadata()[METADATA_KEY]) == {**recipe, "weights": weights}
+    assert sorted(rest) == REST
+    assert "stock diffusers loads the model without them" in caplog.text
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+def test_without_a_matrix_of_weight_no_file_is_left_not_even_an_older_merge_s(
+    tmp_path: Path, base: Path, blocks: list[Path], weights: list[float]
+) -> None:
+    with Merger(base, blocks) as merger:
+        write_merged(merger, [0.3, 0.2, 0.6], tmp_path)
+        assert (tmp_path / projection.FILE).exists()
+        write_merged(merger, weights, tmp_path)
+    assert not (tmp_path / projection.FILE).exists()
+
+
+def test_an_operation_s_and_a_block_s_projections_are_folded_in_the_order_in_which_they_act(
+    tmp_path: Path, base: Path, base_state: State, states: list[State], matrices: list[State]
+) -> None:
+    of_operation, of_block = matrices[0], {"up_blocks.0": drawn_for_blocks(21)["up_blocks.0"]}
+    folders = [component(tmp_path / str(i), states[i]) for i in range(2)]
+    projection.save(folders[0], of_operation)
+    projection.save(folders[1], of_block)
+    with Merger(base, folders) as merger:
+        merged = merger.into(make_pico_denoiser().module.eval(), [0.5, 0.8])
+    hooked = make_pico_denoiser().module.double().eval()
+    hooked.load_state_dict(eq8(base_state, states[:2], [0.5, 0.8]))
+    attach(hooked, {k: 0.5 * v for k, v in of_operation.items()} | {k: 0.8 * v for k, v in of_block.items()})
+    assert (asked(merged).double() - asked(hooked)).abs().max() < 1e-5 * asked(hooked).abs().max()
+
+
+def test_a_base_with_projections_beside_it_is_a_user_error(blocks: list[Path], experts: list[Path]) -> None:
+    with pytest.raises(UserError, match="a base must be whole without projections"):
+        Merger(blocks[0], experts)
+
+
+def test_non_finite_matrix_that_does_not_fold_is_a_user_error(tmp_path: Path, base: Path, states: list[State]) -> None:
+    expert = component(tmp_path / "unet", states[0])
+    projection.save(expert, {"mid_block": torch.full((8, 8), math.inf)})
+    with Merger(base, [expert]) as merger, pytest.raises(UserError, match=r"projection.*: mid_block: .* not finite"):
+        merger.unfolded([0.5])
 
 
 # refusals

@@ -14,7 +14,8 @@ from torch import nn
 from conftest import make_pico_denoiser
 from deme_diffusion.errors import UserError
 from deme_diffusion.models import projection
-from deme_diffusion.models.projection import Projected, fold, fold_into, residual_places
+from deme_diffusion.models.placement import residual_places
+from deme_diffusion.models.projection import Projected, fold, fold_into
 from deme_diffusion.weights import save_state
 
 Places = dict[str, torch.Tensor]

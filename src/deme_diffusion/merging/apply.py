@@ -1,12 +1,14 @@
 """The streamed merge of N + 1 checkpoints: tensor by tensor, projections merged and then folded, the recipe inside.
 
 Order matters: D is its own task vector, so the merged P is I + sum_i w_i D_i, folded into the merged K. Folding each
-expert first and merging then gives another model (4e-3 relative at deltas of 1e-2).
+expert first and merging then gives another model (4e-3 relative at deltas of 1e-2). Where P folds into no weight the
+merged D stays: `projection.safetensors` beside the merged weights, which stock diffusers does not read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.errors import UserError
 from deme_diffusion.merging.methods import method
 from deme_diffusion.merging.vectors import Weight, wide
 from deme_diffusion.models import projection
+from deme_diffusion.models.placement import is_block, operations
 from deme_diffusion.models.projection import fold_tensor
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, check_same_keys, stream_to
 
+log = logging.getLogger(__name__)
 METADATA_KEY, MODEL_INDEX = "deme_merge", "model_index.json"
 
 
@@ -34,7 +39,9 @@ class Merger:
         self.experts = [self._stack.enter_context(Weights(folder)) for folder in experts]
         for expert in self.experts:
             check_same_keys(self.base, expert)
-        self.matrices = [self._matrices(folder) for folder in experts]
+        projection.refuse_beside(base)
+        self.matrices = [projection.load(folder) for folder in experts]
+        self._place(experts)
 
     def __enter__(self) -> Merger:
         return self
@@ -42,14 +49,20 @@ class Merger:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _matrices(self, folder: Path) -> State:
-        """The projection of one expert, each matrix checked against the operation that it follows."""
-        matrices, keys = projection.load(folder), set(self.base.keys())
-        for place, matrix in matrices.items():
-            if (key := f"{place}.weight") not in keys or tuple(matrix.shape) != (self.base.shape(key)[0],) * 2:
-                where = f"{folder / projection.FILE}: {place} {tuple(matrix.shape)}"
-                raise UserError(f"{where} follows no operation of {self.base.path}{nearest(place, keys)}")
-        return matrices
+    def _place(self, experts: Sequence[Path]) -> None:
+        """Which places act on each operation, an operation's own before its block's, and which fold into none."""
+        shapes = {key: self.base.shape(key) for key in self.base.keys()}  # noqa: SIM118
+        for folder, matrices in zip(experts, self.matrices, strict=True):
+            projection.check_fits(matrices, shapes, folder / projection.FILE, str(self.base.path))
+        places = {place for matrices in self.matrices for place in matrices}
+        self._onto: dict[str, list[str]] = {}
+        self._unfolded: list[str] = []
+        for place in sorted(places, key=lambda place: (is_block(place), place)):
+            onto = operations(place, shapes)
+            for operation in onto:
+                self._onto.setdefault(operation, []).append(place)
+            if not onto:
+                self._unfolded.append(place)
 
     def check(self, weights: Sequence[float]) -> list[float]:
         """The weights, one an expert. Raises UserError otherwise."""
@@ -71,26 +84,44 @@ class Merger:
         merged = self.method.merge(
             Weight(base), [Weight(expert.tensor(key)) for expert in self.experts], list(weights)
         ).value
-        matrix = self.merged_matrix(key.rpartition(".")[0], weights)
-        if matrix is not None:
-            merged = fold_tensor(merged, matrix)
-        result = merged.to(base.dtype)  # before the check: half precision overflows here
-        if not torch.isfinite(result.float()).all():
-            raise UserError(
-                f"{key}: the merged tensor is not finite; look for NaN in the experts, or lower the weights"
-            )
-        return result
+        for place in self._onto.get(key.rpartition(".")[0], ()):
+            matrix = self.merged_matrix(place, weights)
+            merged = merged if matrix is None else fold_tensor(merged, matrix)
+        return _finite(key, merged.to(base.dtype))  # the check last: half precision overflows here
+
+    def unfolded(self, weights: Sequence[float]) -> State:
+        """Place -> merged D where it folds into no weight: the model's extra module; empty where all of it folds."""
+        weights, rest = self.check(weights), {}
+        for place in self._unfolded:
+            if (matrix := self.merged_matrix(place, weights)) is not None:
+                dtype = next(matrices[place].dtype for matrices in self.matrices if place in matrices)
+                rest[place] = _finite(f"{projection.FILE}: {place}", matrix.to(dtype))
+        return rest
 
     def state(self, weights: Sequence[float]) -> State:
-        """The whole merged model in memory: what a search evaluates."""
+        """The merged weights in memory."""
         weights = self.check(weights)
         return {key: self.tensor(key, weights) for key in self.base.keys()}  # noqa: SIM118
+
+    def into(self, shell: nn.Module, weights: Sequence[float]) -> nn.Module:
+        """The whole merged model, in a module of the base's architecture: what a search evaluates."""
+        shell.load_state_dict(self.state(weights))
+        return projection.attach(shell, self.unfolded(weights))
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(tensor.float()).all():
+        raise UserError(f"{name}: the merged tensor is not finite; look for NaN in the experts, or lower the weights")
+    return tensor
 
 
 def write_merged(
     merger: Merger, weights: Sequence[float], out: Path, *, recipe: Mapping[str, Any] | None = None
 ) -> None:
-    """Stream the merged component into the folder `out`, sharded like the base, its recipe in the files' metadata."""
+    """Stream the merged component into the folder `out`, sharded like the base, its recipe in the files' metadata.
+
+    Projections that fold into no weight are left beside the weights, and logged.
+    """
     weights = merger.check(weights)
     metadata = {METADATA_KEY: json.dumps({"weights": weights, **(recipe or {})}, sort_keys=True)}
     for name, keys in merger.base.layout().items():
@@ -101,6 +132,20 @@ def write_merged(
     for name in ("config.json", f"{WEIGHTS_NAME}.index.json"):
         if (merger.base.path / name).is_file():
             shutil.copy(merger.base.path / name, out / name)
+    _write_unfolded(merger.unfolded(weights), out, metadata)
+
+
+def _write_unfolded(rest: State, out: Path, metadata: Mapping[str, str]) -> None:
+    if not rest:
+        (out / projection.FILE).unlink(missing_ok=True)  # of a merge that was here before
+        return
+    projection.save(out, rest, metadata)
+    log.warning(
+        "%s: the projections after %s fold into no weight; stock diffusers loads the model without them, "
+        "deme_diffusion.attach_projection adds them",
+        out / projection.FILE,
+        ", ".join(rest),
+    )
 
 
 def write_pipeline(

@@ -85,15 +85,20 @@ def grid(num_experts: int, settings: MergeSettings) -> Iterator[Candidate]:
         yield Candidate(list(point), "grid")
 
 
-def candidates(num_experts: int, settings: MergeSettings, quadratic: Callable[[], Quadratic]) -> list[Candidate]:
-    """All that a search will score, each point once. Raises UserError above `max_evaluations`."""
-    proposals = list(always(num_experts))
+def check_evaluations(num_experts: int, settings: MergeSettings) -> None:
+    """Raises UserError when a search would score more candidates than `max_evaluations`: known before any training."""
     points = {"grid": len(settings.grid_values) ** num_experts, "least_squares": len(settings.scales)}
-    if (count := points.get(settings.search, 0) + len(proposals)) > settings.max_evaluations:
+    if (count := points.get(settings.search, 0) + len(list(always(num_experts)))) > settings.max_evaluations:
         raise UserError(
             f"merge.search {settings.search}: {count} candidates for {num_experts} experts, more than "
             f"merge.max_evaluations={settings.max_evaluations}; use fewer grid_values or scales, or raise the limit"
         )
+
+
+def candidates(num_experts: int, settings: MergeSettings, quadratic: Callable[[], Quadratic]) -> list[Candidate]:
+    """All that a search will score, each point once. Raises UserError above `max_evaluations`."""
+    check_evaluations(num_experts, settings)
+    proposals = list(always(num_experts))
     if settings.search == "grid":
         proposals += grid(num_experts, settings)
     elif settings.search == "least_squares":

@@ -101,6 +101,8 @@ class DDPM(Denoiser):
     def sample_shape(self) -> tuple[int, ...]:
         config: Any = self.module.config
         size = config.sample_size
+        if size is None:
+            raise UserError("unet: config.json has no sample_size; write the size of the images that it was trained on")
         height, width = (size, size) if isinstance(size, int) else size
         return (config.in_channels, height, width)
 

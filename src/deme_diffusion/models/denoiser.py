@@ -95,13 +95,27 @@ class Denoiser(ABC):
         return list(module.parameters())
 
     @contextmanager
-    def teacher(self) -> Iterator[nn.Module]:
-        """The frozen pretrained model itself (students are copies); on leaving, its bits are checked to be the same."""
-        module = self.module.requires_grad_(False).eval()
-        before = state_digest(module.state_dict())
-        yield module
+    def teacher(self, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """The frozen pretrained model itself (students are copies), or a copy in another precision.
+
+        The copy stands in for the model, which waits in CPU memory. On leaving, the teacher's bits are checked to be
+        the same.
+        """
+        module = self.module if dtype is None else copy.deepcopy(self.module).to(dtype)
+        module.requires_grad_(False).eval()
+        before, device = state_digest(module.state_dict()), next(module.parameters()).device
+        if module is not self.module:
+            self.module.cpu()
+        try:
+            yield module
+        finally:
+            self.module.to(device)
         assert state_digest(module.state_dict()) == before, "the teacher's weights were changed during training"
 
     def student(self) -> nn.Module:
-        """A trainable copy of the pretrained module, in float32: master weights, whatever precision it computes in."""
-        return copy.deepcopy(self.module).float().requires_grad_(True)
+        """A trainable copy of the pretrained module: float32 master weights, whatever precision it computes in.
+
+        Double precision stays double, which tests compare in.
+        """
+        student = copy.deepcopy(self.module).requires_grad_(True)
+        return student if next(student.parameters()).dtype == torch.float64 else student.float()

@@ -87,6 +87,12 @@ class RoutedEnsemble(nn.Module):
         for module in self._experts.values():
             yield from module.parameters(recurse)
 
+    def buffers(self, recurse: bool = True) -> Any:
+        """The ensemble's own, and those of the experts in memory, such as attached projections."""
+        yield from super().buffers(recurse)
+        for module in self._experts.values():
+            yield from module.buffers(recurse)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

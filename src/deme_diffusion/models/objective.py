@@ -17,7 +17,11 @@ from deme_diffusion.rng import generator, normals
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """|| eps - eps_theta(x_t, t) ||^2 of each sample, as a mean over its elements: (b, ...) -> (b,). Eq. 2."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (_wide(prediction) - _wide(target)).square().flatten(1).mean(1)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def consistency_loss(prediction: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -47,16 +51,22 @@ class FixedNoise:
     settings: LossSettings
     batch_size: int = 256
 
+    @property
+    def num_images(self) -> int:
+        """Images that the loss is taken on; each gives `draws` points a range."""
+        return min(len(self.split), self.settings.num_images or len(self.split))
+
     def batches(self, runs: Runs, device: torch.device) -> Iterator[Noised]:
         """The noised batches of one range."""
         subset, seed, key = from_runs(runs), self.settings.seed, repr(runs)
         for draw in range(self.settings.draws):
-            images = self.split.view(draw % self.split.settings.views)
-            jitter = generator(seed, "fixed-t", key, draw).random(len(images))
+            jitter = generator(seed, "fixed-t", key, draw).random(self.num_images)
             t = torch.from_numpy(self.denoiser.timesteps(subset, (draw + jitter) / self.settings.draws))
-            noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, 0, len(images), tuple(images.shape[1:])))
-            for i in range(0, len(images), self.batch_size):
-                x, at, eps = (part[i : i + self.batch_size].to(device) for part in (images, t, noise))
+            for i in range(0, self.num_images, self.batch_size):
+                stop = min(i + self.batch_size, self.num_images)
+                images = self.split.view(draw % self.split.settings.views, i, stop)
+                noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, i, len(images), tuple(images.shape[1:])))
+                x, at, eps = (part.to(device) for part in (images, t[i:stop], noise))
                 yield self.denoiser.noised({"image": x}, at, eps)
 
     def losses(self, module: nn.Module) -> list[float]:

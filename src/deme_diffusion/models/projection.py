@@ -1,7 +1,8 @@
-"""Channel-wise projections P = I + D (Sec. 3.2): attached from outside by hooks, folded into the weights.
+"""Channel-wise projections P = I + D (Sec. 3.2): attached from outside by hooks, folded into the weights where exact.
 
 D starts at 0 and lives in `projection.safetensors` beside stock-shaped weights; absent means 0. In the `residual`
 placement P follows operations whose output is only ever added to something, or passed on whole, so P K folds exactly.
+In the paper's, `block`, some places fold and the others stay: a small extra module, which `attach_projection` loads.
 """
 
 from __future__ import annotations
@@ -15,35 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.models.placement import PLACEMENTS, Shapes, is_block, operations, shapes_of, width
 from deme_diffusion.weights import State, load_state, save_state
 
 FILE = "projection.safetensors"
-
-
-def residual_places(module: nn.Module) -> list[str]:
-    """Names of the convolutions and linear layers that end a residual branch, or that resample all of a tensor."""
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.models.upsampling import Upsample2D
-
-    last = (
-        (ResnetBlock2D, "conv2"),
-        (Attention, "to_out.0"),
-        (Transformer2DModel, "proj_out"),
-        (Downsample2D, "conv"),
-        (Upsample2D, "conv"),
-    )
-    places = [
-        f"{name}.{child}" for name, block in module.named_modules() for kind, child in last if isinstance(block, kind)
-    ]
-    modules = dict(module.named_modules())
-    return [place for place in places if isinstance(modules.get(place), nn.Conv2d | nn.Linear)]
-
-
-PLACEMENTS = {"none": lambda module: [], "residual": residual_places}
-"""Every placement by its name in `decouple.projection`: module -> names of the operations that P follows."""
+COMPONENTS = ("unet", "transformer")
+"""Folders of a pipeline in which `attach_projection` looks."""
+_BUFFER = "channel_projection"
 
 
 class Projection(nn.Module):
@@ -52,8 +31,8 @@ class Projection(nn.Module):
     def __init__(self, module: nn.Module, places: list[str]) -> None:
         super().__init__()
         self.places = places
-        modules = dict(module.named_modules())
-        self.matrices = nn.ParameterList(_zeros_for(modules[place]) for place in places)
+        shapes = shapes_of(module)
+        self.matrices = nn.ParameterList(_zeros_for(module.get_submodule(p), width(p, shapes)) for p in places)
 
     def state(self) -> State:
         """Place -> D, as it stands in `projection.safetensors`."""
@@ -61,7 +40,7 @@ class Projection(nn.Module):
 
 
 class Projected(nn.Module):
-    """A component whose projections act: forward, config and names are the component's own."""
+    """A component whose projections act and are trained: forward, config and names are the component's own."""
 
     def __init__(self, module: nn.Module, placement: str) -> None:
         super().__init__()
@@ -71,26 +50,29 @@ class Projected(nn.Module):
         if placement != "none" and not places:
             raise UserError(f"decouple.projection: {placement} finds no place in a {type(module).__name__}; use none")
         self.component, self.projection = module, Projection(module, places)
-        attach(module, self.projection)
+        for place, matrix in zip(places, self.projection.matrices, strict=True):
+            module.get_submodule(place).register_forward_hook(_hook(matrix))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.component(*args, **kwargs)
 
 
-def attach(module: nn.Module, projection: Projection) -> None:
-    """Make each place's output y become y + D y, from outside the module."""
-    modules = dict(module.named_modules())
-    for place, matrix in zip(projection.places, projection.matrices, strict=True):
-        modules[place].register_forward_hook(_hook(matrix))
+# -- folding ---------------------------------------------------------------------------------------
 
 
 def fold(weights: Mapping[str, torch.Tensor], matrices: Mapping[str, torch.Tensor]) -> State:
-    """K' = (I + D) K and b' = (I + D) b for every place; the other tensors as they are."""
+    """K' = (I + D) K and b' = (I + D) b for every place; the other tensors as they are.
+
+    Raises ValueError for a place that folds into no weight (`placement.operations`).
+    """
     folded = dict(weights)
-    for place, matrix in matrices.items():
-        for name in (f"{place}.weight", f"{place}.bias"):
+    for place in sorted(matrices, key=is_block):  # an operation's own projection acts before its block's
+        onto = operations(place, weights.keys())
+        if not onto:
+            raise ValueError(f"{place}: a projection there folds into no weight")
+        for name in (f"{operation}.{kind}" for operation in onto for kind in ("weight", "bias")):
             if name in folded:
-                folded[name] = fold_tensor(folded[name], matrix)
+                folded[name] = fold_tensor(folded[name], matrices[place])
     return folded
 
 
@@ -100,10 +82,65 @@ def fold_tensor(tensor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return (flat + matrix.to(flat.dtype) @ flat).reshape(tensor.shape)
 
 
-def save(folder: Path, matrices: Mapping[str, torch.Tensor]) -> None:
+def fold_into(module: nn.Module, folder: Path) -> nn.Module:
+    """The module with the projections of `folder`, in place: folded where that is exact, attached where it is not."""
+    matrices, shapes = load(folder), shapes_of(module)
+    check_fits(matrices, shapes, folder / FILE, f"the {type(module).__name__}")
+    folds = {place: matrix for place, matrix in matrices.items() if operations(place, shapes)}
+    module.load_state_dict(fold(module.state_dict(), folds))
+    return attach(module, {place: matrix for place, matrix in matrices.items() if place not in folds})
+
+
+# -- what does not fold ----------------------------------------------------------------------------
+
+
+def attach_projection(component: nn.Module, folder: str | Path) -> nn.Module:
+    """Make the projections saved in a pipeline's or a component's folder act on the loaded component, and return it.
+
+    They move with `component.to(...)`, and stay out of its state: `save_pretrained` writes the stock weights only.
+    Raises UserError where the folder has none, they do not fit, or projections are attached already.
+    """
+    path, name = _file(Path(folder)), type(component).__name__
+    if attached(component):
+        raise UserError(f"{path}: projections are attached to this {name} already; load it anew to attach others")
+    matrices = load_state(path)
+    check_fits(matrices, shapes_of(component), path, f"the {name}")
+    return attach(component, matrices)
+
+
+def attach(module: nn.Module, matrices: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The module with exactly these projections attached, in place: those of an earlier call are gone."""
+    for other in module.modules():
+        if _BUFFER in other._buffers:
+            other._buffers[_BUFFER] = None
+    for place, matrix in matrices.items():
+        target = module.get_submodule(place)
+        like = next(target.parameters())
+        if _BUFFER not in target._buffers:
+            target.register_forward_hook(_project_by_buffer)
+        # Not persistent: the state keeps the stock keys.
+        target.register_buffer(_BUFFER, matrix.detach().to(like.device, like.dtype, copy=True), persistent=False)
+    return module
+
+
+def attached(module: nn.Module) -> State:
+    """Place -> D as attached to a module; empty for a stock one."""
+    buffers = {name: part._buffers.get(_BUFFER) for name, part in module.named_modules()}
+    return {name: matrix for name, matrix in buffers.items() if matrix is not None}
+
+
+def extra_parameters(module: nn.Module) -> int:
+    """Numbers that attached projections add to the module's own parameters."""
+    return sum(matrix.numel() for matrix in attached(module).values())
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def save(folder: Path, matrices: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write the matrices beside the weights; none, no file."""
     if matrices:
-        save_state(folder / FILE, matrices)
+        save_state(folder / FILE, matrices, metadata)
 
 
 def load(folder: Path) -> State:
@@ -111,22 +148,58 @@ def load(folder: Path) -> State:
     return load_state(folder / FILE) if (folder / FILE).is_file() else {}
 
 
-def fold_into(module: nn.Module, folder: Path) -> nn.Module:
-    """The module with the projections of `folder` folded into its weights, in place."""
-    matrices = load(folder)
-    module.load_state_dict(fold(module.state_dict(), matrices))
-    return module
+def check_fits(matrices: Mapping[str, torch.Tensor], shapes: Shapes, path: Path, model: str) -> None:
+    """Raises UserError unless every matrix of the file has a place in the model, and its channels."""
+    for place, matrix in matrices.items():
+        channels = width(place, shapes)
+        if channels is None:
+            known = {key.rpartition(".")[0] for key in shapes}
+            raise UserError(f"{path}: {place} is no operation or block of {model}{nearest(place, known)}")
+        if tuple(matrix.shape) != (channels, channels):
+            raise UserError(f"{path}: {place} is {tuple(matrix.shape)}, but {model} has {channels} channels there")
 
 
-def _zeros_for(operation: nn.Module) -> nn.Parameter:
-    weight: Any = operation.weight
-    return nn.Parameter(torch.zeros(weight.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device))
+def refuse_beside(component: Path) -> None:
+    """Raises UserError for a base with projections beside its weights: only stock models are finetuned or merged."""
+    if (component / FILE).is_file():
+        raise UserError(
+            f"{component / FILE}: a base must be whole without projections; take the model that was merged, "
+            "or one made with decouple.projection residual or none"
+        )
+
+
+def _file(folder: Path) -> Path:
+    files = [part / FILE for part in (folder, *(folder / name for name in COMPONENTS))]
+    found = [path for path in files if path.is_file()]
+    if not found:
+        what = "no such folder" if not folder.is_dir() else f"no {FILE}; a model without one is whole as it is"
+        raise UserError(f"{folder}: {what}")
+    return found[0]
+
+
+# -- y + D y ---------------------------------------------------------------------------------------
+
+
+def _zeros_for(place: nn.Module, channels: int | None) -> nn.Parameter:
+    like = next(place.parameters())
+    assert channels is not None, "a placement names places that have channels"
+    return nn.Parameter(torch.zeros(channels, channels, dtype=like.dtype, device=like.device))
 
 
 def _hook(matrix: nn.Parameter) -> Any:
-    def project(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, nn.Conv2d):
-            return output + F.conv2d(output, matrix[:, :, None, None])
-        return output + F.linear(output, matrix)
+    return lambda module, inputs, output: _project(module, output, matrix)
 
-    return project
+
+def _project_by_buffer(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A hook without memory, so that a copied module has matrices of its own."""
+    matrix = module._buffers[_BUFFER]
+    return output if matrix is None else _project(module, output, matrix)
+
+
+def _project(module: nn.Module, output: Any, matrix: torch.Tensor) -> Any:
+    """y + D y; of a block that gives skip tensors as well, only the hidden states, which come first, are projected."""
+    if isinstance(output, tuple):
+        return (_project(module, output[0], matrix), *output[1:])
+    if isinstance(module, nn.Linear):
+        return output + F.linear(output, matrix)
+    return output + F.conv2d(output, matrix[:, :, None, None])

@@ -32,20 +32,32 @@ def model_card(run: Mapping[str, Any]) -> str:
         _section("Merge weights", _weights(run)),
         _section("How it was made", _made(run)),
         _section("Limits", _limits(run)),
-        _section("Use", "Stock diffusers loads it; nothing else is needed.\n\n" + fenced(loading_lines(run), "python")),
+        _section("Use", f"{escape_markdown(needs(run))}\n\n" + fenced(loading_lines(run), "python")),
         _section("Citation", fenced(CITATION, "bibtex")),
     ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def loading_lines(run: Mapping[str, Any]) -> str:
-    """Three lines of Python that load the merged model and sample (`sample_call` overrides the third)."""
+    """Lines of Python that load the merged model and sample (`sample_call` overrides the last)."""
     where = json.dumps(str(run.get("merged_path", "merged")), ensure_ascii=False)
-    call = run.get("sample_call", "pipeline(batch_size=16).images")
+    lines = ["from diffusers import DiffusionPipeline", f"pipeline = DiffusionPipeline.from_pretrained({where})"]
+    if extra := run.get("projection"):
+        lines += ["from deme_diffusion import attach_projection",
+                  f"attach_projection(pipeline.{extra['component']}, {where})"]  # fmt: skip
+    return "\n".join([*lines, f"images = {run.get('sample_call', 'pipeline(batch_size=16).images')}"])
+
+
+def needs(run: Mapping[str, Any]) -> str:
+    """What the merged model needs to be loaded; `projection` is the extra module's component and places, if any."""
+    extra = run.get("projection")
+    if not extra:
+        return "Stock diffusers loads it; nothing else is needed."
     return (
-        "from diffusers import DiffusionPipeline\n"
-        f"pipeline = DiffusionPipeline.from_pretrained({where})\n"
-        f"images = {call}"
+        "Stock diffusers loads it, but without its extra module: the channel-wise projections after"
+        f" {', '.join(extra['places'])}, which fold into no weight and lie in"
+        f" {extra['component']}/projection.safetensors. Without them it is another model than the one described here;"
+        " these lines load all of it."
     )
 
 
@@ -76,11 +88,15 @@ def _front_matter(run: Mapping[str, Any]) -> str:
 
 def _what(run: Mapping[str, Any]) -> str:
     what = (
-        "A diffusion model of the base's architecture, size and cost: copies of the base were finetuned as experts on"
+        f"A diffusion model of the base's {_compared(run)}: copies of the base were finetuned as experts on"
         " subsets of the timesteps, and their task vectors merged into one set of weights (decouple-then-merge)."
     )
     title = f"# {escape_markdown(str(run.get('recipe', 'merged model')))}"
     return "\n\n".join(part for part in (title, escape_markdown(str(run.get("description", ""))), what) if part)
+
+
+def _compared(run: Mapping[str, Any]) -> str:
+    return "architecture with small projections beside it" if run.get("projection") else "architecture, size and cost"
 
 
 def _section(title: str, body: str) -> str:

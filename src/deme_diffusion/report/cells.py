@@ -22,6 +22,9 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "disk": "lower",
     "precision": "higher",
     "recall": "higher",
+    "density": "higher",
+    "coverage": "higher",
+    "is": "higher",
 }
 
 

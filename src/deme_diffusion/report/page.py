@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from deme_diffusion.files import write_text
-from deme_diffusion.report.card import DEMONSTRATION, loading_lines, subset_names
+from deme_diffusion.report.card import DEMONSTRATION, loading_lines, needs, subset_names
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
     Row,
@@ -58,6 +58,7 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
         search=_search(run),
         division=_division(run),
         loading=loading_lines(run) if run.get("merged_path") else "",
+        needs=needs(run),
         seconds=_seconds,
     )
 

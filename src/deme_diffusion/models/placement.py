@@ -1,0 +1,112 @@
+"""Where channel-wise projections stand (Sec. 3.2), and into which weights each of them folds.
+
+A place is the name of a submodule. `mid_block`, `down_blocks.i` and `up_blocks.i` are blocks, anything else is an
+operation (a convolution or linear layer), so that a file of named matrices says all. What is read from names and shapes
+alone serves a module in memory and a streamed checkpoint alike; `shapes` is key -> shape of a component's tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from torch import nn
+
+from deme_diffusion.errors import UserError
+
+Shapes = Mapping[str, Sequence[int]]
+BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block")
+_LAST_CONVOLUTION = re.compile(r"resnets\.(\d+)\.conv2\.weight")
+
+
+def residual_places(module: nn.Module) -> list[str]:
+    """Names of the convolutions and linear layers that end a residual branch, or that resample all of a tensor."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
+
+    last = (
+        (ResnetBlock2D, "conv2"),
+        (Attention, "to_out.0"),
+        (Transformer2DModel, "proj_out"),
+        (Downsample2D, "conv"),
+        (Upsample2D, "conv"),
+    )
+    places = [
+        f"{name}.{child}" for name, block in module.named_modules() for kind, child in last if isinstance(block, kind)
+    ]
+    modules = dict(module.named_modules())
+    return [place for place in places if isinstance(modules.get(place), nn.Conv2d | nn.Linear)]
+
+
+def block_places(module: nn.Module) -> list[str]:
+    """The paper's: every down block, the mid block (where there is one) and every up block of a diffusers U-Net."""
+    places = [name for name, _ in module.named_modules() if BLOCK.fullmatch(name)]
+    places.sort(key=lambda place: place.split(".")[0])  # down, mid, up, as in the forward
+    shapes = shapes_of(module)
+    for place in places:
+        if width(place, shapes) is None:
+            kind = type(module.get_submodule(place)).__name__
+            raise UserError(f"decouple.projection: block: {place} is a {kind} without resnets; use residual or none")
+    return places
+
+
+PLACEMENTS: Mapping[str, Callable[[nn.Module], list[str]]] = {
+    "none": lambda module: [],
+    "residual": residual_places,
+    "block": block_places,
+}
+"""Every placement by its name in `decouple.projection`: module -> names of the places that P follows."""
+
+
+def is_block(place: str) -> bool:
+    """Whether P follows a whole block, by the place's name; else it follows an operation."""
+    return BLOCK.fullmatch(place) is not None
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a module's tensors."""
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def width(place: str, shapes: Shapes) -> int | None:
+    """C at a place: channels of what an operation gives, or of a block's hidden states; None where nothing is."""
+    key = f"{_last_resnet(place, shapes)}.conv2.weight" if is_block(place) else f"{place}.weight"
+    return shapes[key][0] if len(shapes.get(key, ())) > 1 else None  # a norm's weight has one axis, and mixes nothing
+
+
+def operations(place: str, keys: Collection[str]) -> tuple[str, ...]:
+    """The operations whose weights and biases become P K and P b; none where P folds into no weight.
+
+    A block's P folds exactly where its hidden states are one linear operation's output, and no skip connection sees
+    them: up blocks that end in an upsampling convolution, or in a resnet whose shortcut is a convolution as well. Every
+    other block adds an input of its own, which skip connections see unprojected.
+    """
+    if not is_block(place):
+        return (place,)
+    if not place.startswith("up_blocks."):
+        return ()
+    inside = {key.removeprefix(f"{place}.") for key in keys if key.startswith(f"{place}.")}
+    children = {name.split(".")[0] for name in inside}
+    if "upsamplers" in children:
+        # A resnet in its place has no `conv`; blocks with further children (skip_conv, ...) read the states elsewhere.
+        ends = children <= {"resnets", "attentions", "upsamplers"} and "upsamplers.0.conv.weight" in inside
+        return (f"{place}.upsamplers.0.conv",) if ends else ()
+    last = _last_resnet(place, keys)
+    ends = children == {"resnets"} and f"{last}.conv_shortcut.weight" in keys
+    return (f"{last}.conv2", f"{last}.conv_shortcut") if ends else ()
+
+
+def foldable(module: nn.Module, placement: str = "block") -> dict[str, bool]:
+    """Place -> whether P folds into the weights there, for a whole model (on the meta device as well)."""
+    keys = module.state_dict().keys()
+    return {place: bool(operations(place, keys)) for place in PLACEMENTS[placement](module)}
+
+
+def _last_resnet(block: str, keys: Collection[str]) -> str:
+    """Name of a block's last resnet, or of one that does not exist."""
+    inside = (key.removeprefix(f"{block}.") for key in keys if key.startswith(f"{block}."))
+    found = [int(match[1]) for name in inside if (match := _LAST_CONVOLUTION.fullmatch(name))]
+    return f"{block}.resnets.{max(found, default=-1)}"
