@@ -14,8 +14,9 @@ from deme_diffusion.config import AugmentSettings, DataSettings, ExtractorSettin
 from deme_diffusion.data.splits import Split, SplitName, load_splits, to_pixels
 from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation import cost, extractor, scores
-from deme_diffusion.evaluation.extractor import SmallClassifier, accuracy, load_extractor, train_extractor
+from deme_diffusion.evaluation import cost, scores
+from deme_diffusion.evaluation.extractors import load_extractor
+from deme_diffusion.evaluation.extractors.classifier import SmallClassifier, accuracy, train_extractor
 from deme_diffusion.evaluation.features import features_of, real_pixels
 from deme_diffusion.evaluation.scores import score_images
 from deme_diffusion.models.ddpm import DDPM
@@ -78,7 +79,7 @@ def test_extractor_trains_on_the_train_split_alone_and_augments_it(
         seen.append(settings)
         return images
 
-    monkeypatch.setattr(extractor, "augmented", spy)
+    monkeypatch.setattr("deme_diffusion.data.splits.augmented", spy)
     splits = load_splits(DataSettings(augment=AugmentSettings(shift=1.0)))
     few = FEW.model_copy(update={"total_steps": 3})
     train_extractor(splits["train"], splits["search"], few, seed=0, out=tmp_path)

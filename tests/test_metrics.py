@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deme_diffusion.evaluation.manifold import manifold_scores
 from deme_diffusion.evaluation.metrics import (
     Statistics,
     frechet_distance,
+    inception_score,
     kernel_distance,
     mean_and_spread,
-    precision_recall,
     statistics,
 )
 
@@ -185,6 +186,13 @@ def test_kernel_distance_refuses_settings_without_an_estimate(settings: dict[str
 # --- precision and recall -----------------------------------------------------------------------------------------
 
 
+def precision_recall(
+    real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3, block_rows: int = 1024
+) -> tuple[float, float]:
+    found = manifold_scores(real, generated, neighbours=neighbours, density_neighbours=1, block_rows=block_rows)
+    return found["precision"], found["recall"]
+
+
 def test_precision_is_of_generated_and_recall_of_real() -> None:
     # Mode dropping: real has two modes, generated only the left: all of it is plausible, half of real is missed.
     real = np.array([[0, 0], [0, 1], [10, 0], [10, 1]], dtype=np.float64)
@@ -249,6 +257,114 @@ def test_metrics_of_two_sets_refuse_bad_features(metric) -> None:
         metric(draw(0, 9, 3), np.full((9, 3), np.nan))
     with pytest.raises(ValueError, match="shape"):
         metric(np.zeros(9), draw(0, 9, 3))
+
+
+# --- density and coverage -----------------------------------------------------------------------------------------
+
+
+def density_coverage(
+    real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5, block_rows: int = 1024
+) -> tuple[float, float]:
+    found = manifold_scores(real, generated, neighbours=1, density_neighbours=neighbours, block_rows=block_rows)
+    return found["density"], found["coverage"]
+
+
+def test_density_and_coverage_worked_by_hand() -> None:
+    # k = 1. Real radii 1 1 3: balls [-1, 1], [0, 2], [1, 7]. 1 lies in all three, 1.5 in two, 9 in none.
+    real, generated = np.array([[0.0], [1], [4]]), np.array([[1.0], [1.5], [9]])
+    assert density_coverage(real, generated, neighbours=1) == ((3 + 2 + 0) / 3, 1.0)
+    # k = 2. Real radii 4 3 4: [-4, 4], [-2, 4], [0, 8]; 9 is outside, the others in all three.
+    assert density_coverage(real, generated, neighbours=2) == ((3 + 3 + 0) / (2 * 3), 1.0)
+    # Only the ball [1, 7] of 4 holds 6.
+    assert density_coverage(real, np.array([[6.0], [6], [6]]), neighbours=1) == (1.0, 1 / 3)
+
+
+def test_balls_of_density_and_coverage_are_those_of_real() -> None:
+    # An outlier among the generated has a huge ball, which gives recall 1 (k = 3) and no coverage.
+    real = np.arange(5.0)[:, None]
+    generated = np.array([[100.0], [300], [500], [700]])
+    assert manifold_scores(real, generated, density_neighbours=3) == {
+        "precision": 0.0,
+        "recall": 1.0,
+        "density": 0.0,
+        "coverage": 0.0,
+    }
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 30, 1024])
+def test_density_and_coverage_match_brute_force_at_any_block_size(block_rows: int) -> None:
+    real, generated, k = draw(1, 45, 5), draw(2, 30, 5, shift=0.8, scale=0.8), 4
+    radii = [sorted(np.linalg.norm(x - z) for j, z in enumerate(real) if j != i)[k - 1] for i, x in enumerate(real)]
+    inside = np.array([[np.linalg.norm(y - x) <= r for x, r in zip(real, radii, strict=True)] for y in generated])
+    expected = inside.sum() / (k * len(generated)), inside.any(axis=0).mean()
+    assert density_coverage(real, generated, neighbours=k, block_rows=block_rows) == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected[1] < 1
+
+
+def test_density_of_images_from_the_same_distribution_is_about_one() -> None:
+    # Naeem et al. 2020: for two large sets of one distribution the expectations are 1 and 1 - 2^-k.
+    pairs = [density_coverage(draw(2 * i, 200, 4), draw(2 * i + 1, 200, 4), neighbours=5) for i in range(20)]
+    density, coverage = np.mean(pairs, axis=0)
+    assert density == pytest.approx(1.0, abs=0.05)
+    assert coverage == pytest.approx(1 - 2**-5, abs=0.02)
+
+
+def test_all_four_come_from_one_pass_and_are_told_apart() -> None:
+    real, generated = draw(1, 40, 3), draw(2, 30, 3, shift=0.5, scale=0.6)
+    found = manifold_scores(real, generated, neighbours=2, density_neighbours=4)
+    assert list(found) == ["precision", "recall", "density", "coverage"]
+    assert (found["precision"], found["recall"]) == precision_recall(real, generated, neighbours=2)
+    assert (found["density"], found["coverage"]) == density_coverage(real, generated, neighbours=4)
+    assert len(set(found.values())) == 4
+
+
+def test_density_needs_one_more_real_image_than_neighbours() -> None:
+    with pytest.raises(ValueError, match="real holds 5 features, at least 6"):
+        manifold_scores(draw(1, 5, 2), draw(1, 9, 2), neighbours=1)
+    with pytest.raises(ValueError, match="density_neighbours and block_rows must be >= 1"):
+        manifold_scores(draw(1, 9, 2), draw(1, 9, 2), density_neighbours=0)
+
+
+# --- Inception score ----------------------------------------------------------------------------------------------
+
+
+def test_inception_score_matches_torchmetrics() -> None:
+    import torch
+    from torchmetrics.image.inception import InceptionScore
+
+    logits = draw(1, 60, 7, scale=3.0).astype(np.float32)
+    oracle = InceptionScore(feature=torch.nn.Identity(), splits=1)
+    oracle.features = [torch.from_numpy(logits)]
+    assert inception_score(logits, splits=1)[0] == pytest.approx(oracle.compute()[0].item(), rel=1e-5)
+
+
+def test_inception_score_worked_by_hand() -> None:
+    sure = np.where(np.eye(4, dtype=bool), 0.0, -1e4)  # each image surely of its own class: exp log 4
+    assert inception_score(sure, splits=1) == (pytest.approx(4.0), 0.0)
+    assert inception_score(np.repeat(sure[:1], 6, axis=0), splits=1) == (1.0, 0.0)  # all of one class
+    assert inception_score(np.full((6, 4), 123.0), splits=1) == (1.0, 0.0)  # all unsure alike
+    # p = (3/4, 1/4) and its mirror image: KL to (1/2, 1/2) is 3/4 log 3/2 + 1/4 log 1/2.
+    pair = np.log([[0.75, 0.25], [0.25, 0.75]])
+    assert inception_score(pair, splits=1)[0] == pytest.approx(1.5**0.75 * 0.5**0.25, rel=1e-12)
+
+
+def test_inception_score_splits_are_interleaved_and_their_spread_is_told() -> None:
+    logits = draw(3, 50, 5, scale=2.0)
+    own = [inception_score(logits[i::10], splits=1)[0] for i in range(10)]
+    assert inception_score(logits) == (pytest.approx(np.mean(own)), pytest.approx(np.std(own)))
+    assert np.std(own) > 0
+    by_class = np.repeat(np.where(np.eye(5, dtype=bool), 0.0, -1e4), 20, axis=0)  # as a folder of classes lists them
+    assert inception_score(by_class) == (pytest.approx(5.0), pytest.approx(0.0, abs=1e-12))
+
+
+def test_inception_score_of_fewer_images_than_splits_and_of_nothing() -> None:
+    assert inception_score(draw(1, 3, 4)) == (1.0, 0.0)  # splits of one image
+    with pytest.raises(ValueError, match="logits holds 0 features"):
+        inception_score(np.zeros((0, 4)))
+    with pytest.raises(ValueError, match="splits must be >= 1"):
+        inception_score(draw(1, 3, 4), splits=0)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        inception_score(np.full((3, 4), np.nan))
 
 
 # --- spread -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import objectives
-from deme_diffusion.evaluation.extractor import SmallClassifier
+from deme_diffusion.evaluation.extractors.classifier import SmallClassifier
 from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, refuse_report
 from deme_diffusion.merging.search import (
     Candidate,

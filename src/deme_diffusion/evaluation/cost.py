@@ -68,7 +68,7 @@ def peak_memory(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings,
 
 
 def _weight_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(t.numel() * t.element_size() for t in itertools.chain(module.parameters(), module.buffers()))
 
 
 def latency(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings, batch_size: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ Features = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The Gaussian fitted to n features: mean (d,), covariance (d, d); other shapes, non-finite values: ValueError."""
+    """The Gaussian fitted to n features: mean (d,), covariance (d, d); other shapes, non-finite values: ValueError.
+
+    n is None where it is not known, as of published statistics.
+    """
 
     mean: Array
     covariance: Array
-    n: int
+    n: int | None
 
     def __post_init__(self) -> None:
         d = self.mean.size
@@ -45,7 +48,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     _same_dimension(a.mean, b.mean)
     # The fewer the images, the lower the rank: factoring that side leaves the fewest zero eigenvalues to blur the root.
-    first, second = sorted((a, b), key=lambda s: s.n)
+    first, second = sorted((a, b), key=lambda s: np.inf if s.n is None else s.n)
     cross = _trace_sqrt_product(first.covariance, second.covariance)
     means = float(np.sum((a.mean - b.mean) ** 2))
     return max(0.0, means + float(np.trace(a.covariance) + np.trace(b.covariance)) - 2 * cross)
@@ -74,7 +77,7 @@ def kernel_distance(
     `subset_size` is clipped to min(n, m); where it takes both sets whole, one subset is all there are and the deviation
     is 0. ValueError where d differs or a subset would hold fewer than 2 (Binkowski et al. 2018, Sec. 4).
     """
-    x, y = _pair(a, b, names=("a", "b"), minimum=2)
+    x, y = pair(a, b, names=("a", "b"), minimum=(2, 2))
     size = min(subset_size, len(x), len(y))
     if size < 2 or num_subsets < 1:
         raise ValueError(f"subset_size must be >= 2 and num_subsets >= 1, got {subset_size} and {num_subsets}")
@@ -100,40 +103,27 @@ def _cubic_kernel(x: Array, y: Array) -> Array:
     return kernel
 
 
-def precision_recall(
-    real: Features, generated: Features, *, neighbours: int = 3, block_rows: int = 1024
-) -> tuple[float, float]:
-    """Improved precision and recall of features (n, d) and (m, d), in that order (Kynkaanniemi et al. 2019, Eq. 1-2).
+def inception_score(logits: Features, *, splits: int = 10) -> tuple[float, float]:
+    """Inception score of class logits (n, k): mean and standard deviation (ddof=0) over splits of the images.
 
-    Precision is the share of GENERATED inside the union of the k-nearest-neighbour balls of REAL; recall is the share
-    of REAL inside the balls of GENERATED. ValueError where d differs or a set holds fewer than neighbours + 1.
+    exp E_x KL(p(y|x) || p(y)), p(y) the split's own mean (Salimans et al. 2016, Sec. 4). Split i holds the images i,
+    i + splits, ...: sets in the order of their classes are mixed alike. Fewer images than splits: as many splits.
     """
-    if neighbours < 1 or block_rows < 1:
-        raise ValueError(f"neighbours and block_rows must be >= 1, got {neighbours} and {block_rows}")
-    x, y = _pair(real, generated, names=("real", "generated"), minimum=neighbours + 1)
-    precision = _share_covered(y, by=x, neighbours=neighbours, block_rows=block_rows)
-    recall = _share_covered(x, by=y, neighbours=neighbours, block_rows=block_rows)
-    return precision, recall
+    x = _checked(logits, name="logits", minimum=1)
+    if splits < 1:
+        raise ValueError(f"splits must be >= 1, got {splits}")
+    shifted = x - x.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    parts = [logs[i::splits] for i in range(min(splits, len(logs)))]
+    scores = [np.exp(np.mean(np.sum(np.exp(part) * (part - _log_mean(part)), axis=1))) for part in parts]
+    return float(np.mean(scores)), float(np.std(scores))
 
 
-def _share_covered(points: Array, *, by: Array, neighbours: int, block_rows: int) -> float:
-    """Share of the points that lie in at least one k-nearest-neighbour ball, border included, of `by`."""
-    # Each point is its own nearest, at exactly 0: index `neighbours` of the sorted row skips it.
-    radii = np.concatenate([np.partition(d, neighbours)[:, neighbours] for d in _distances(by, by, block_rows)])
-    return sum(int((d <= radii).any(axis=1).sum()) for d in _distances(points, by, block_rows)) / len(points)
-
-
-def _distances(x: Array, y: Array, block_rows: int) -> Iterator[Array]:
-    """Squared distances of x (n, d) to y (m, d), as blocks (<= block_rows, m) so that memory does not grow with n m."""
-    squares = np.einsum("ij,ij->i", y, y)
-    rounding = 4 * x.shape[1] * np.finfo(np.float64).eps
-    for start in range(0, len(x), block_rows):
-        block = x[start : start + block_rows]
-        scale = np.einsum("ij,ij->i", block, block)[:, None] + squares
-        distances = scale - 2 * (block @ y.T)
-        # What cancels down to rounding is a duplicate: 0, or it would miss a ball of radius 0.
-        distances[distances <= rounding * scale] = 0.0
-        yield distances
+def _log_mean(logs: Array) -> Array:
+    """Logarithm (1, k) of the mean over rows of exp(logs), which may underflow."""
+    highest = logs.max(axis=0, keepdims=True)
+    mean: Array = highest + np.log(np.mean(np.exp(logs - highest), axis=0, keepdims=True))
+    return mean
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -144,9 +134,9 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else None
 
 
-def _pair(a: Features, b: Features, *, names: tuple[str, str], minimum: int) -> tuple[Array, Array]:
-    """Both sets in float64, checked, with one and the same d."""
-    x, y = _checked(a, name=names[0], minimum=minimum), _checked(b, name=names[1], minimum=minimum)
+def pair(a: Features, b: Features, *, names: tuple[str, str], minimum: tuple[int, int]) -> tuple[Array, Array]:
+    """Both sets in float64, with one and the same d; ValueError where one is not (n, d), n >= its minimum, finite."""
+    x, y = (_checked(x, name=n, minimum=m) for x, n, m in zip((a, b), names, minimum, strict=True))
     _same_dimension(x, y)
     return x, y
 

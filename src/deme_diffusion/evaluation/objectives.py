@@ -13,8 +13,8 @@ from torch import nn
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import Split
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation.extractor import SmallClassifier
-from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.extractors.base import Extractor
+from deme_diffusion.evaluation.features import extract_real, features_of
 from deme_diffusion.evaluation.metrics import frechet_distance, statistics
 from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.models.denoiser import Denoiser
@@ -38,7 +38,7 @@ class FrechetObjective:
     denoiser: Denoiser
     materialise: Materialise
     split: Split
-    extractor: SmallClassifier
+    extractor: Extractor
     sampler: SamplerSettings
     seed: int
     num_images: int
@@ -46,7 +46,7 @@ class FrechetObjective:
 
     def __post_init__(self) -> None:
         refuse_report(self.split)
-        self.reference = statistics(features_of(real_pixels(self.split), self.extractor))
+        self.reference = statistics(extract_real(self.split, self.extractor).features)
 
     def value(self, weights: Sequence[float]) -> float:
         """FD of the merged model."""
@@ -88,7 +88,7 @@ class FixedNoiseObjective:
         device = next(self.base.parameters()).device
         sizes = [sum(hi - lo for lo, hi in runs) for runs in self.noise.ranges]
         for runs, size in zip(self.noise.ranges, sizes, strict=True):
-            points = len(self.noise.split) * self.noise.settings.draws
+            points = self.noise.num_images * self.noise.settings.draws
             share = size / sum(sizes) / points
             for noised in self.noise.batches(runs, device):
                 predict = [

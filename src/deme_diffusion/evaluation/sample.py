@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import to_pixels
-from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.errors import UserError
+from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.files import explained, write_json
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.rng import seed_of
@@ -30,26 +32,27 @@ def image_seeds(seed: int, first: int, count: int) -> list[int]:
 
 
 def make_scheduler(denoiser: Denoiser, settings: SamplerSettings) -> Any:
-    """A fresh sampler on the checkpoint's own noise schedule. UserError for an unknown name or too many steps."""
+    """A fresh sampler on the checkpoint's own noise schedule. UserError for one that cannot be had, or not so."""
     import diffusers
 
-    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-    if settings.name not in names:
-        raise UserError(f"sampler: diffusers has no {settings.name!r}{nearest(settings.name, names)}")
-    if settings.num_inference_steps > denoiser.num_train_timesteps:
-        raise UserError(
-            f"sampler {settings.name}: {settings.num_inference_steps} steps, but the model has "
-            f"{denoiser.num_train_timesteps}, the most there can be"
-        )
-    options = {} if settings.timestep_spacing is None else {"timestep_spacing": settings.timestep_spacing}
-    scheduler = getattr(diffusers, settings.name).from_config(denoiser.scheduler.config, **options)
-    scheduler.set_timesteps(settings.num_inference_steps)
+    check_sampler(settings, denoiser.num_train_timesteps, key="sampler")
+    options: dict[str, Any] = {}
+    if settings.timestep_spacing is not None:
+        options["timestep_spacing"] = settings.timestep_spacing
+    if settings.name == "DPMSolverSinglestepScheduler":
+        options["lower_order_final"] = True  # diffusers turns it on in any case, with a warning at every batch
+    with _refusals(settings):
+        scheduler = getattr(diffusers, settings.name).from_config(denoiser.scheduler.config, **options)
+        scheduler.set_timesteps(settings.num_inference_steps)
     return scheduler
 
 
 @torch.no_grad()
 def sample(denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, seeds: Sequence[int]) -> torch.Tensor:
-    """One batch (len(seeds), c, h, w) in [-1, 1]. The noise of an image depends on its seed alone."""
+    """One batch (len(seeds), c, h, w) in [-1, 1]. The noise of an image depends on its seed alone.
+
+    The image of a seed is that of a stock pipeline in float32 with batch 1 and `torch.Generator().manual_seed(seed)`.
+    """
     scheduler = make_scheduler(denoiser, settings)
     device = next(module.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -59,8 +62,18 @@ def sample(denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, see
     options = {key: value for key, value in (("eta", settings.eta), ("generator", generators)) if key in accepted}
     for t in scheduler.timesteps:
         prediction = denoiser.predict(module, scheduler.scale_model_input(x, t), t.to(device), {})
-        x = scheduler.step(prediction, t, x, **options).prev_sample
+        with _refusals(settings):
+            x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
+
+
+@contextmanager
+def _refusals(settings: SamplerSettings) -> Iterator[None]:
+    """A schedule or prediction type that a sampler of diffusers does not know, in one line."""
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"sampler: {settings.name} does not fit the model: {' '.join(str(error).split())}") from None
 
 
 def sample_pixels(
@@ -69,7 +82,7 @@ def sample_pixels(
     """Exactly `count` images (count, h, w, c) in memory: what a search scores, and previews show."""
     sizes = [(first, min(batch_size, count - first)) for first in range(0, count, batch_size)]
     seeds = [image_seeds(seed, first, size) for first, size in sizes]
-    return np.concatenate([_finite_pixels(sample(denoiser, module, settings, batch), settings) for batch in seeds])
+    return np.concatenate([sample_batch(denoiser, module, settings, batch) for batch in seeds])
 
 
 def sample_to(
@@ -84,7 +97,23 @@ def sample_to(
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Exactly `count` images into `folder/images.npy` (uint8, (count, h, w, c)), going on after the last batch."""
-    path, cursor = folder / IMAGES, folder / CURSOR
+    seeds = image_seeds(seed, 0, count)
+    sample_seeds_to(folder, denoiser, module, settings, seeds, batch_size=batch_size, progress=progress)
+
+
+def sample_seeds_to(
+    folder: Path,
+    denoiser: Denoiser,
+    module: nn.Module,
+    settings: SamplerSettings,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    cursor_name: str = CURSOR,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """An image for each seed, in their order, into `folder/images.npy`, as `sample_to`."""
+    path, cursor, count = folder / IMAGES, folder / cursor_name, len(seeds)
     channels, height, width = denoiser.sample_shape
     shape = (count, height, width, channels)
     done = _resume_at(path, cursor, shape)
@@ -94,15 +123,18 @@ def sample_to(
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for first in range(done, count, batch_size):
-        size = min(batch_size, count - first)
-        batch = sample(denoiser, module, settings, image_seeds(seed, first, size))
-        images[first : first + size] = _finite_pixels(batch, settings)
+        batch = sample_batch(denoiser, module, settings, seeds[first : first + batch_size])
+        images[first : first + len(batch)] = batch
         images.flush()
-        write_json(cursor, {"done": first + size})
-        progress(first + size)
+        write_json(cursor, {"done": first + len(batch)})
+        progress(first + len(batch))
 
 
-def _finite_pixels(batch: torch.Tensor, settings: SamplerSettings) -> npt.NDArray[np.uint8]:
+def sample_batch(
+    denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, seeds: Sequence[int]
+) -> npt.NDArray[np.uint8]:
+    """One batch of images (len(seeds), h, w, c). UserError where one is not finite."""
+    batch = sample(denoiser, module, settings, seeds)
     if not torch.isfinite(batch).all():
         raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
     return to_pixels(batch)

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from deme_diffusion.artefacts import Artefact
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.evaluation import cost
-from deme_diffusion.evaluation.extractor import load_extractor
-from deme_diffusion.evaluation.features import features_of, real_pixels
+from deme_diffusion.evaluation.extractors import Extractor, load_extractor
+from deme_diffusion.evaluation.features import extract, extract_real, in_batches
+from deme_diffusion.evaluation.metrics import Statistics, statistics
 from deme_diffusion.evaluation.sample import IMAGES, sample_to
-from deme_diffusion.evaluation.scores import score_images
+from deme_diffusion.evaluation.scores import load_statistics, published_statistics, save_statistics, score_images
 from deme_diffusion.files import write_json, write_npy
+from deme_diffusion.models.projection import extra_parameters
+from deme_diffusion.pipeline.extractors import STATISTICS_KEY
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import COSTS, METRICS, Node, Served
 from deme_diffusion.pipeline.workbench import Workbench, ranges_of_node, seed_of_node
 
-FEATURES = "features.npy"
+FEATURES, LOGITS = "features.npy", "logits.npy"
 
 
 class Measuring(Workbench):
     """Each method `_<stage>` fills the folder of one stage."""
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The recipe's extractor, on the device that `runtime.device` names."""
+        return load_extractor(self.folder(self.graph.extractor), self.recipe.extractor.kind).to(self.device)
 
     def _sample(self, node: Node, folder: Path) -> Mapping[str, Any]:
         sampler: SamplerSettings = node.arguments["sampler"]
@@ -47,38 +56,59 @@ class Measuring(Workbench):
 
     def _features(self, node: Node, folder: Path) -> Mapping[str, Any]:
         """Features (n, d) of one set of images; a real split's first `distinct` rows show no image twice."""
-        extractor = load_extractor(self.folder(self.graph.extractor))
         split: SplitName | None = node.arguments["split"]
         if split is None:
-            pixels = np.load(self.folder(node.parents["images"]) / IMAGES)
+            file = self.folder(node.parents["images"]) / IMAGES
+            pixels = np.load(file, mmap_mode="c")  # torch warns of read-only arrays
+            found = extract(in_batches(pixels, self.extractor.batch_size(pixels)), self.extractor)
         else:
-            pixels = real_pixels(self.splits[split])[: node.arguments["count"]]
-        write_npy(folder / FEATURES, features_of(pixels, extractor))
-        distinct = len(pixels) if split is None else min(len(pixels), len(self.splits[split]))
-        return {"images": len(pixels), "distinct": distinct}
+            found = extract_real(self.splits[split], self.extractor, node.arguments["count"])
+            save_statistics(folder, statistics(found.features))
+        write_npy(folder / FEATURES, found.features)
+        if found.logits is not None:
+            write_npy(folder / LOGITS, found.logits)
+        n = len(found.features)
+        distinct = n if split is None else min(n, len(self.splits[split]))
+        return {"images": n, "distinct": distinct, "preprocessing": self.extractor.preprocessing}
 
     def _evaluate(self, node: Node, folder: Path) -> None:
         served: Served = node.arguments["served"]
-        reference, distinct = self._cached(node.parents["reference"])
+        settings, source = self.recipe.evaluate, self._cached(node.parents["reference"])
+        reference, distinct = np.load(source.path(FEATURES)), int(source.results["distinct"])
+        fitted, published = load_statistics(source.folder), self._published(reference.shape[1])
         scores = {}
         for name in node.arguments["samples"]:
-            features, _ = self._cached(node.parents[name])
+            generated = self._cached(node.parents[name])
+            logits = generated.path(LOGITS)
             scores[name] = score_images(
-                reference, features, neighbours=self.recipe.evaluate.neighbours, manifold=reference[:distinct]
+                reference,
+                np.load(generated.path(FEATURES)),
+                neighbours=settings.neighbours,
+                density_neighbours=settings.density_neighbours,
+                manifold=reference[:distinct],
+                fitted=fitted,
+                published=published,
+                logits=np.load(logits) if logits.exists() else None,
             )
         result: dict[str, Any] = {"reference_images": len(reference), "manifold_images": distinct, "images": scores}
+        result["preprocessing"] = source.results["preprocessing"]
         if served.parts:
             noise = self.fixed_noise("report", ranges_of_node(node))
             losses = noise.losses(self.module(served))
-            points = [len(noise.split) * noise.settings.draws for _ in losses]
+            points = [noise.num_images * noise.settings.draws for _ in losses]
             result["losses"] = {"ranges": losses, "overall": noise.overall(losses), "points": points}
         write_json(folder / METRICS, result)
 
-    def _cached(self, features: Node | Input) -> tuple[npt.NDArray[np.float32], int]:
-        """A features stage's array, and how many of its first rows are distinct images."""
+    def _cached(self, features: Node | Input) -> Artefact:
+        """What a features stage left."""
         artefact = self.store.find(features.key) if isinstance(features, Node) else None
         assert artefact is not None, "features come before what is measured on them"
-        return np.load(artefact.path(FEATURES)), int(artefact.results["distinct"])
+        return artefact
+
+    def _published(self, dimension: int) -> Statistics | None:
+        """The statistics of `evaluate.reference_statistics`."""
+        file = self.graph.published
+        return published_statistics(file.folder, key=STATISTICS_KEY, dimension=dimension) if file else None
 
     def _cost(self, node: Node, folder: Path) -> None:
         sampler: SamplerSettings = node.arguments["sampler"]
@@ -90,7 +120,8 @@ class Measuring(Workbench):
             memory = cost.peak_memory(self.denoiser, module, sampler, batch_size)
             single = self.component(served.parts[0])
             rows[served.name] = {
-                "parameters": sum(p.numel() for p in single.parameters()) * len(served.parts),
+                "parameters": (sum(p.numel() for p in single.parameters()) + extra_parameters(single))
+                * len(served.parts),
                 "latency": milliseconds,
                 "latency_spread": spread,
                 "peak_memory": memory,

@@ -9,12 +9,14 @@ from typing import Any
 from deme_diffusion.artefacts import Store
 from deme_diffusion.division import name_of
 from deme_diffusion.evaluation.metrics import mean_and_spread
-from deme_diffusion.evaluation.scores import PREPROCESSING
+from deme_diffusion.evaluation.scores import PUBLISHED, SPLITS
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import COSTS, METRICS, Node
 from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row
 
-SCORES = ("FD", "KID", "precision", "recall")
+NAMED = ("FD", PUBLISHED, "KID", "IS")
+"""Scores that are named by the extractor."""
+SCORES = (*NAMED, "precision", "recall", "density", "coverage")
 MEGABYTE = 1e6
 
 
@@ -64,34 +66,47 @@ def _loss_figure(graph: Graph, values: list[float], by_seed: dict[int, Any], poi
 def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: str) -> dict[str, Figure]:
     settings, figures = graph.recipe.evaluate, dict[str, Figure]()
     first = next(iter(by_seed.values()))
-    data = f"{graph.recipe.data.source} {graph.data.digest}"
+    measured = next(iter(first["images"].values()))  # by its extractor: not all have classes
     for sampler in settings.samplers:
         protocol = {
             "extractor": f"{extractor} {graph.extractor.digest}",
-            "preprocessing": PREPROCESSING,
+            "preprocessing": first["preprocessing"],
             "sampler": sampler.name,
             "steps": sampler.num_inference_steps,
             "eta": sampler.eta,
             "n": settings.num_images,
-            "split": "report",
-            "reference": first["reference_images"],
-            "data": data,
+            "data": f"{graph.recipe.data.source} {graph.data.digest}",
             "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
         }
-        for score in SCORES:
+        for score in (score for score in SCORES if score in measured):
             values, count = _values(by_seed, sampler.label, score)
-            name = f"{score}({extractor})" if score in ("FD", "KID") else score
-            balls = (
-                {}
-                if score in ("FD", "KID")
-                else {"neighbours": settings.neighbours, "manifold": first["manifold_images"]}
-            )
-            figure = _figure(values, count, list(by_seed), {**protocol, **balls})
+            name = _score_name(graph, score, extractor)
+            figure = _figure(values, count, list(by_seed), {**protocol, **_compared_with(graph, first, score)})
             if count != settings.num_images:  # all of these metrics depend on n, and there are only so many real images
                 reason = f"{count:,} images and views, fewer than the {settings.num_images:,} of the models"
                 figure |= {"mean": None, "spread": None, "reason": reason}
             figures[f"{name} {sampler.label}"] = figure
     return figures
+
+
+def _score_name(graph: Graph, score: str, extractor: str) -> str:
+    if score == PUBLISHED and graph.published:
+        return f"FD({extractor}, {graph.published.label})"
+    return f"{score}({extractor})" if score in NAMED else score
+
+
+def _compared_with(graph: Graph, first: dict[str, Any], score: str) -> dict[str, Any]:
+    """What a score is taken against: the part of its protocol that differs between scores."""
+    settings = graph.recipe.evaluate
+    if score == "IS":
+        return {"splits": SPLITS}
+    if score == PUBLISHED and graph.published:
+        return {"reference": f"{graph.published.label} {graph.published.digest}"}
+    against = {"split": "report", "reference": first["reference_images"]}
+    if score in NAMED:
+        return against
+    neighbours = settings.neighbours if score in ("precision", "recall") else settings.density_neighbours
+    return {**against, "neighbours": neighbours, "manifold": first["manifold_images"]}
 
 
 def _values(by_seed: dict[int, dict[str, Any]], sampler: str, score: str) -> tuple[list[float], int]:
