@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from conftest import T, make_pico_values
 from deme_diffusion import cli
 from deme_diffusion.artefacts import Key, Store
-from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.pipeline import run as runs
 from deme_diffusion.pipeline.inputs import ASSETS
-from deme_diffusion.recipes import packaged, to_yaml
+from deme_diffusion.recipes import PACKAGED, packaged, to_yaml
+from deme_diffusion.recipes.schema import SCHEMA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 NO_NETWORK_NO_TORCH = """
@@ -121,6 +123,8 @@ def base(tmp_path: Path) -> Path:
         ["run", "digits", "--dry-run", "--json", "model.pretrained=nobody/nothing"],
         ["pretrain", "digits", "--dry-run"],
         ["clean", "--runs", ".", "--dry-run"],
+        ["recipes", "--schema"],
+        ["sample", "digits", "--model", "base", "--seeds", "0-9", "--images", "images", "--grid", "--dry-run"],
     ],
 )
 def test_help_recipes_clean_and_dry_runs_import_no_torch_and_open_no_socket(words: list[str], tmp_path: Path) -> None:
@@ -149,6 +153,7 @@ def test_recipes_are_listed_a_line_each(deme: Deme) -> None:
     listed = deme("recipes")
     assert [line.split()[0] for line in listed.out.splitlines()] == list(packaged())
     assert json.loads(deme("recipes", "--json").out) == packaged()
+    assert deme("recipes", "--schema").out == (PACKAGED / SCHEMA).read_text()
 
 
 # dry runs
@@ -219,20 +224,6 @@ def test_wrong_input_is_one_line_and_starts_nothing(
     (tmp_path / "file").write_text("")
     assert deme("run", *words, *dry).refusal.startswith(said)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_samplers_are_known_without_importing_diffusers() -> None:
-    from diffusers.schedulers import KarrasDiffusionSchedulers
-
-    from deme_diffusion.config import SamplerSettings
-    from deme_diffusion.pipeline.inputs import check_sampler
-
-    names = list(KarrasDiffusionSchedulers.__members__)
-    assert len(names) > 10
-    for name in names:
-        check_sampler(SamplerSettings(name=name), 1000, key="sampler")
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
-        check_sampler(SamplerSettings(name="FlowMatchEulerDiscreteScheduler"), 1000, key="sampler")
 
 
 @pytest.mark.parametrize("share", ["data.report_fraction=0.4", "data.search_fraction=0.3"])
@@ -443,6 +434,102 @@ def test_one_expert_is_trained_alone_and_printed(deme: Deme, tmp_path: Path, pic
     assert Path(made[0]["folder"], WEIGHTS).is_file()
     assert len(list(Path("runs/store/decouple").glob("*/manifest.json"))) == 1
     assert yaml.safe_load(Path("runs/pico/recipe.yaml").read_text())["decouple"]["num_ranges"] == 2
+
+
+# images
+
+
+def test_images_by_seed_are_png_files_that_grow(deme: Deme, copied: Path, tmp_path: Path) -> None:
+    done = deme("sample", copied, "--seeds", "0,2-3", "--images", "images", "--grid")
+    assert (done.status, done.out) == (0, "3 images of merged by DDIM-2: images\n")
+    pngs = ["seed-00000000.png", "seed-00000002.png", "seed-00000003.png"]
+    assert sorted(path.name for path in Path("images").iterdir()) == ["grid.png", "protocol.json", *pngs]
+    protocol = json.loads(Path("images/protocol.json").read_text())
+    assert protocol["seeds"] == "0,2-3" and protocol["sampler"]["num_inference_steps"] == 2
+    again = json.loads(deme("sample", copied, "--seeds", "2-4", "--images", "images", "--json").out)
+    assert [Path(file).name for file in again["files"]] == [*pngs[1:], "seed-00000004.png"]
+    assert again["seeds"] == [2, 3, 4] and all(Path(file).is_file() for file in again["files"])
+
+
+def test_images_go_into_the_run_by_model_and_sampler(deme: Deme, copied: Path) -> None:
+    words = ["--sampler", "DDIMScheduler", "--steps", "3", "--eta", "1", "--spacing", "trailing", "--format", "npy"]
+    assert deme("sample", copied, "--model", "expert-1", "--seeds", "5,1", *words).status == 0
+    folder = copied / "images" / "expert-1-DDIM-3-eta1-trailing"
+    assert np.load(folder / "images.npy").shape == (2, 8, 8, 1)
+    assert json.loads((folder / "seeds.json").read_text()) == [5, 1]
+    assert deme("clean", "--runs", copied.parent).out.startswith("0 stages")
+
+
+def test_images_without_seeds_are_those_of_the_table_named_by_their_seeds(deme: Deme, copied: Path) -> None:
+    stored = Store(copied.parent / "store")
+    graph = runs.open_run(runs.load(str(copied))).graph
+    expected = np.load(stored.folder(graph.samples["base", 0].key) / "images.npy")
+    assert deme("sample", copied, "--model", "base", "--images", "all", "--format", "npy").status == 0
+    assert np.array_equal(np.load("all/images.npy"), expected) and len(expected) == 16
+    seeds = json.loads(Path("all/seeds.json").read_text())
+    assert deme("sample", copied, "--model", "base", "--images", "files").status == 0
+    assert len(list(Path("files").glob("seed-*.png"))) == 16
+    anew = ["--seeds", ",".join(map(str, seeds[:3])), "--images", "anew", "--format", "npy"]
+    assert deme("sample", copied, "--model", "base", *anew).status == 0
+    assert np.abs(np.load("anew/images.npy").astype(int) - expected[:3]).max() <= 1
+    line = deme("sample", copied, "--images", "other", "--steps", "3").refusal
+    assert line.startswith("the table has no images of merged by DDIM-3, only of base, all-timesteps, ")
+    assert "by DDIM-2, DDPM-3; give --seeds" in line
+
+
+def test_stages_of_one_model_without_images(deme: Deme, copied: Path) -> None:
+    plan = json.loads(deme("sample", copied, "--model", "base", "--dry-run", "--json").out)
+    assert [stage["label"] for stage in plan["stages"]] == ["sample base DDIM-2 #0", "sample base DDPM-3 #0"]
+
+
+def test_images_of_a_plain_pipeline(deme: Deme, copied: Path, tmp_path: Path) -> None:
+    merged = copied / "merged"
+    words = ["--seeds", "0-2", "--steps", "2", "--images"]
+    assert deme("sample", merged, *words, "plain", "runtime.device=cpu").status == 0
+    assert deme("sample", copied, *words, "run").status == 0
+    for name in ("seed-00000000.png", "seed-00000002.png"):
+        assert Path("plain", name).read_bytes() == Path("run", name).read_bytes()
+    shown = deme("sample", merged, *words, "new", "--dry-run")
+    assert shown.out == "to do: 3 images by DDIM-2 into new\n" and not Path("new").exists()
+    assert deme("sample", merged, "--seeds", "0").refusal.endswith("whose images need --seeds and --images")
+    assert deme("sample", merged, *words, "new", "--model", "base").refusal.startswith("--model: ")
+    assert deme("sample", merged, *words, "new", "seeds=[1]").refusal.startswith("seeds=[1]: ")
+    assert deme("sample", merged, *words, "new", "--steps", T + 1).refusal.startswith(f"--sampler: {T + 1} steps")
+
+
+def test_dry_run_of_images_checks_them_and_samples_nothing(deme: Deme, copied: Path) -> None:
+    words = ["--seeds", "0-9", "--images", "images", "--dry-run"]
+    assert "to do: 0 steps" in deme("sample", copied, *words).out
+    assert deme("sample", copied, *words, "--model", "merget").refusal.endswith("did you mean 'merged'?")
+    assert not Path("images").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "5-2"], "--seeds 5-2: '5-2' runs backwards; did you mean '2-5'?"),
+        (["--seeds", "a"], "--seeds a: 'a' is no seed"),
+        (["--seeds", "-1"], "--seeds -1: '-1' is no seed"),
+        (["--seeds", "1,1"], "--seeds 1,1: 1 is there twice"),
+        (["--seeds", "0", "--model", "merge"], "--model merge: the run has base, all-timesteps, "),
+        (["--model", "ensembl"], "--model ensembl: the run has "),
+        (["--seeds", "0", "--format", "pgn"], "Invalid value for '--format': "),
+        (["--seeds", "0", "--images", "file"], "--images file: a file, where a folder is needed"),
+        (["--seeds", "0", "--images", "."], "--images .: holds files that are not ours; give a new or empty folder"),
+        (["--seeds", "0", "--sampler", "DDIM"], "--sampler: 'DDIM' is no sampler of diffusers"),
+        (["--seeds", "0", "--sampler", "DDPMScheduler", "--eta", "1"], "--sampler: DDPMScheduler has no eta"),
+        (["--seeds", "0", "--eta", "1.5"], "Invalid value for '--eta': "),
+        (["--sampler", "DDPMScheduler"], "--sampler: it is for --seeds or --images"),
+        (["--grid"], "--grid: it is for --seeds or --images"),
+        (["--out", "file", "--seeds", "0"], "--out file: a file, where a run needs a folder"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_for_images_are_one_line_and_write_nothing(
+    deme: Deme, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert deme("sample", "digits", *words).refusal.startswith(said)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # clean

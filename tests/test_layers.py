@@ -7,13 +7,15 @@ from pathlib import Path
 import deme_diffusion
 
 ROOT = Path(deme_diffusion.__file__).parent
-BELOW_DATA = ["errors", "files", "config", "recipes", "rng", "division", "provenance", "artefacts", "weights"]
+BELOW_DATA = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance"]
+BELOW_DATA += ["artefacts", "weights"]
 BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
 MAY_IMPORT = {
     "errors": [],
+    "processes": [],
     "files": ["errors"],
     "config": ["errors", "files"],
-    "recipes": ["errors", "config"],
+    "recipes": ["errors", "processes", "config"],
     "rng": ["errors", "files"],
     "division": ["errors", "files"],
     "provenance": ["files"],
@@ -22,18 +24,20 @@ MAY_IMPORT = {
     "data": BELOW_DATA,
     "models": [*BELOW_DATA, "data"],
     "decoupling": BELOW_SIBLINGS,
-    "merging": [*BELOW_DATA, "data", "models.projection"],
+    "merging": [*BELOW_DATA, "data", "models.projection", "models.placement"],
     "evaluation": BELOW_SIBLINGS,
     "report": ["errors", "files", "config", "artefacts"],
     "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report"],
-    "cli": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
+    "doctor": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
+    "cli": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline", "doctor"],
 }
-MAY_IMPORT["__init__"] = MAY_IMPORT["cli"]  # the Python door beside the command's
-MAY_IMPORT["__main__"] = ["cli"]
-TORCH_FREE = ["errors", "files", "config", "recipes", "rng", "division", "provenance", "artefacts", "report", "cli"]
-TORCH_FREE += ["__init__"]
+MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
+MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
+TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
+TORCH_FREE += ["report", "cli", "api", "__init__", "__main__", "evaluation.samplers", "evaluation.export"]
 TORCH_FREE += [
-    f"pipeline.{name}" for name in ("graph", "node", "inputs", "estimate", "run", "table", "engine", "__init__")
+    f"pipeline.{name}"
+    for name in ("graph", "node", "inputs", "estimate", "run", "table", "engine", "sampling", "__init__")
 ]
 HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

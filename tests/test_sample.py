@@ -1,15 +1,20 @@
 """A seed an image: samples depend neither on batches, nor on interruptions, nor on any other randomness."""
 
+import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from deme_diffusion.config import SamplerSettings
+from conftest import T, make_pico_denoiser
+from deme_diffusion.config import PretrainSettings, SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import sample as sampling
@@ -22,6 +27,7 @@ from deme_diffusion.evaluation.sample import (
     sample_pixels,
     sample_to,
 )
+from deme_diffusion.evaluation.samplers import UNUSABLE, check_sampler, names, parameters
 from deme_diffusion.models.ddpm import DDPM
 
 DDIM = SamplerSettings(num_inference_steps=4)
@@ -187,12 +193,12 @@ def test_non_finite_images_are_a_user_error_and_nothing_is_counted_as_done(tmp_p
 
 
 def test_unknown_sampler_is_a_user_error_with_the_nearest_name(pico_denoiser: DDPM) -> None:
-    with pytest.raises(UserError, match=r"no 'DDIMSchedule'; did you mean 'DDIMScheduler'\?"):
+    with pytest.raises(UserError, match=r"'DDIMSchedule' is no sampler of .*; did you mean 'DDIMScheduler'\?"):
         make_scheduler(pico_denoiser, SamplerSettings(name="DDIMSchedule"))
 
 
 def test_more_steps_than_the_model_has_are_a_user_error(pico_denoiser: DDPM) -> None:
-    with pytest.raises(UserError, match="21 steps, but the model has 20"):
+    with pytest.raises(UserError, match="21 steps of DDIMScheduler, but the model has 20"):
         make_scheduler(pico_denoiser, SamplerSettings(num_inference_steps=21))
     assert len(make_scheduler(pico_denoiser, SamplerSettings(num_inference_steps=20)).timesteps) == 20
 
@@ -220,30 +226,104 @@ def test_samplers_give_different_images(pico_denoiser: DDPM) -> None:
         assert not any(torch.equal(image, other) for other in images[:i])
 
 
-def test_ddim_images_are_those_of_the_stock_pipeline_for_the_same_seed(pico_denoiser: DDPM) -> None:
-    from diffusers import DDIMPipeline, DDIMScheduler
+STOCK = [
+    ("DDIM", {"num_inference_steps": 4}),
+    ("DDIM", {"num_inference_steps": 4, "eta": 1.0}),
+    ("DDIM", {"num_inference_steps": T, "eta": 0.5}),
+    ("DDPM", {"num_inference_steps": 5}),
+    ("DDPM", {"num_inference_steps": T}),
+]
 
-    seed = image_seeds(0, 0, 1)[0]
-    pipeline = DDIMPipeline(pico_denoiser.module, DDIMScheduler.from_config(pico_denoiser.scheduler.config))
-    pipeline.set_progress_bar_config(disable=True)
-    stock = pipeline(generator=torch.Generator().manual_seed(seed), num_inference_steps=4, output_type="np").images
-    ours = sample(pico_denoiser, pico_denoiser.module, DDIM, [seed])
+
+@pytest.mark.parametrize(("name", "options"), STOCK, ids=str)
+def test_the_image_of_a_seed_is_that_of_the_stock_pipeline(
+    pico_denoiser: DDPM, name: str, options: dict[str, Any]
+) -> None:
+    """Whatever the batch: each image of ours against the stock pipeline's with batch 1 and that seed's generator."""
+    images = stock_images(pico_denoiser, name, options, [11, 5, 2**40])
+    settings = SamplerSettings(name=f"{name}Scheduler", **options)
+    ours = sample(pico_denoiser, pico_denoiser.module, settings, [11, 5, 2**40])
     # The stock pipeline returns (image / 2 + 0.5), clamped, channels last.
-    np.testing.assert_allclose(ours.clamp(-1, 1).permute(0, 2, 3, 1).numpy() / 2 + 0.5, stock, atol=1e-6)
+    np.testing.assert_allclose(ours.clamp(-1, 1).permute(0, 2, 3, 1).numpy() / 2 + 0.5, images, atol=1e-5)
+    assert not np.allclose(images[0], images[1], atol=1e-2)
 
 
-def test_ddpm_images_are_those_of_the_stock_loop_for_the_same_seed(pico_denoiser: DDPM) -> None:
-    from diffusers import DDPMScheduler
+def stock_images(denoiser: DDPM, name: str, options: dict[str, Any], seeds: list[int]) -> npt.NDArray[np.float32]:
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(denoiser.scheduler.config)
+    pipeline = getattr(diffusers, f"{name}Pipeline")(denoiser.module, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return np.concatenate([pipeline(generator=g, output_type="np", **options).images for g in generators])
 
-    seed = image_seeds(0, 0, 1)[0]
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = DDPMScheduler.from_config(pico_denoiser.scheduler.config)
-    scheduler.set_timesteps(5)
-    x = torch.randn(1, 1, 8, 8, generator=generator)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(pico_denoiser.module(x, t).sample, t, x, generator=generator).prev_sample
-    torch.testing.assert_close(sample(pico_denoiser, pico_denoiser.module, DDPM_SAMPLER, [seed]), x, rtol=0, atol=1e-6)
+
+def test_ddpm_at_its_full_length_of_1000_steps_is_the_stock_pipeline_s() -> None:
+    values = {"sample_size": 4, "block_out_channels": (4, 4), "norm_num_groups": 1, "attention_head_dim": 4}
+    settings = PretrainSettings.model_validate({"unet": values, "scheduler": {"num_train_timesteps": 1000}})
+    denoiser = DDPM.from_scratch(settings, out_seed=0)
+    stock = stock_images(denoiser, "DDPM", {"num_inference_steps": 1000}, [3])
+    sampler = SamplerSettings(name="DDPMScheduler", num_inference_steps=1000)
+    ours = sample(denoiser, denoiser.module, sampler, [3])
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5, stock, atol=1e-5)
+
+
+# every sampler that diffusers lists
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_sampler_of_diffusers_works_or_is_refused_in_one_line(pico_denoiser: DDPM, name: str) -> None:
+    """Finite images that depend on their seeds alone, at the fewest, few, and the most steps."""
+    accepted = 0
+    for steps in (1, 3, 4, T - 1, T):
+        settings = SamplerSettings(name=name, num_inference_steps=steps)
+        try:
+            check_sampler(settings, T, key="merge.sampler")
+        except UserError as refusal:
+            assert str(refusal).startswith("merge.sampler: ") and name in str(refusal) and "\n" not in str(refusal)
+            continue
+        accepted += 1
+        torch.manual_seed(steps)
+        images = sample(pico_denoiser, pico_denoiser.module, settings, [1, 2])
+        assert images.isfinite().all() and not torch.equal(images[0], images[1])
+        alone = sample(pico_denoiser, pico_denoiser.module, settings, [2])
+        torch.testing.assert_close(images[1:], alone, rtol=0, atol=1e-4)
+    assert accepted >= (0 if name in UNUSABLE else 3)
+
+
+def test_samplers_and_what_they_accept_are_read_from_the_source_as_they_are() -> None:
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    assert list(names()) == list(KarrasDiffusionSchedulers.__members__)
+    for name in set(names()) - set(UNUSABLE):
+        for method in ("__init__", "step"):
+            signature = set(inspect.signature(getattr(getattr(diffusers, name), method)).parameters)
+            assert signature - {"self", "kwargs"} == parameters(name, method) - {"self"}, (name, method)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "DDPMScheduler", "eta": 0.5}, "DDPMScheduler has no eta, given as 0.5; leave it 0"),
+        ({"name": "UniPCMultistepScheduler", "eta": 1}, "UniPCMultistepScheduler has no eta"),
+        ({"name": "DPMSolverSinglestepScheduler", "timestep_spacing": "trailing"}, "has no timestep_spacing, given"),
+        ({"name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is no sampler"),
+        ({"name": "EDMEulerScheduler"}, "EDMEulerScheduler cannot be used: its noise levels"),
+        ({"name": "DPMSolverSDEScheduler"}, "DPMSolverSDEScheduler cannot be used: it draws noise without generators"),
+        ({"name": "UniPCMultistepScheduler", "num_inference_steps": T}, f"which takes at most {T - 1} of {T}"),
+        ({"name": "PNDMScheduler", "num_inference_steps": 3}, "takes 4 or more"),
+    ],
+)
+def test_settings_that_a_sampler_would_ignore_or_fail_on_are_refused(values: dict[str, Any], said: str) -> None:
+    settings = SamplerSettings.model_validate({"num_inference_steps": 4, **values})
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        check_sampler(settings, T, key="evaluate.samplers.0")
+    assert str(refused.value).startswith("evaluate.samplers.0: ")
+
+
+def test_a_prediction_that_a_sampler_does_not_know_is_one_line() -> None:
+    denoiser = make_pico_denoiser(prediction_type="sample")
+    settings = SamplerSettings(name="EulerAncestralDiscreteScheduler", num_inference_steps=2)
+    with pytest.raises(UserError, match=r"^sampler: EulerAncestralDiscreteScheduler does not fit the model: "):
+        sample(denoiser, denoiser.module, settings, [0])
 
 
 def test_sampled_pixels_are_rounded_not_cut_off(pico_denoiser: DDPM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from deme_diffusion import processes
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.recipes.checks import keys_of, parse
@@ -32,17 +33,28 @@ def packaged() -> dict[str, str]:
     return {file.stem: str(_read(file).get("description", "")).strip() for file in files}
 
 
-def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
+def load(reference: str, overrides: Iterable[str] = (), *, as_it_stands: bool = False) -> Loaded:
     """The recipe that a packaged name, a YAML path or a run folder stands for, with KEY=VALUE overrides.
 
-    Raises UserError in one line: what, where, the nearest valid value.
+    In a launch of several processes it is the recipe trained in so many, unless it is read `as_it_stands`. Raises
+    UserError in one line: what, where, the nearest valid value.
     """
     path, folder = _find(reference)
-    changes = dict(_override(text) for text in overrides)
+    count = 1 if as_it_stands else processes.count()
+    changes = {} if count == 1 else {f"{section}.processes": count for section in ("pretrain", "decouple")}
+    changes |= dict(_override(text) for text in overrides)
     values = _resolved(path)
     for dotted, value in changes.items():
         _set(values, dotted, value)
     return Loaded(parse(values, where=str(reference)), changes, folder)
+
+
+def defaults(overrides: Iterable[str] = ()) -> Recipe:
+    """Every setting at its default, but for KEY=VALUE overrides."""
+    values: dict[str, Any] = {}
+    for dotted, value in map(_override, overrides):
+        _set(values, dotted, value)
+    return parse(values, where="overrides")
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -1,0 +1,170 @@
+"""The method from Python: a function for the whole run and one for each of its parts, which share the run's folder.
+
+Each takes what the command takes: a recipe (packaged name, YAML path or run folder) and KEY=VALUE overrides. What one
+has made costs the others nothing. Recipes with `runtime.jobs` above 1 start processes, so a script needs the usual
+`if __name__ == "__main__"`. All raise UserError for wrong input, MachineError when the machine fails, and Interrupted
+after a signal, whereupon the same call goes on. Progress is told through logging. Nothing here imports torch before it
+is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deme_diffusion.pipeline.run import Run
+    from deme_diffusion.pipeline.sampling import Samples
+    from deme_diffusion.report.tables import Row
+    from deme_diffusion.report.verdict import Verdict
+
+Reference = str | Path
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its folder, the merged pipeline's folder, the evidence.
+
+    With several seeds `merged` is the first one's; with merge.method=none it is None.
+    """
+
+    folder: Path
+    merged: Path | None
+    table: list[Row]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One trained expert: its training seed, its index, the timesteps it was trained on, and its folder."""
+
+    seed: int
+    index: int
+    timesteps: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged pipeline, which stock diffusers loads: its training seed, folder, a weight for each expert, and
+    where the weights come from (a search's winning proposal, or the recipe)."""
+
+    seed: int
+    folder: Path
+    weights: tuple[float, ...]
+    source: str
+
+
+def run(recipe: Reference, *overrides: str, out: Reference | None = None) -> Result:
+    """Run a whole recipe: experts, merge, table and page; run again to resume.
+
+    Returns: the run's folder, the merged pipeline, the table and what it shows.
+    Raises: UserError, MachineError, Interrupted, as everything here.
+    """
+    whole = _opened(recipe, overrides, out)
+    whole.execute()
+    table, verdict = whole.report()
+    return Result(whole.folder, whole.merged if whole.merged.exists() else None, table, verdict)
+
+
+def decouple(recipe: Reference, *overrides: str, out: Reference | None = None) -> list[Expert]:
+    """Train the experts of a recipe (Sec. 3.1, 3.2), and its base where that is to be trained from scratch.
+
+    Returns: the experts of every training seed, in the order of their timesteps.
+    Raises: UserError, MachineError, Interrupted.
+    """
+    from deme_diffusion.division import name_of
+
+    whole = _opened(recipe, overrides, out)
+    experts = [(seed, i, node) for seed, nodes in whole.graph.experts.items() for i, node in enumerate(nodes)]
+    whole.execute([node for _, _, node in experts])
+    subset = whole.graph.division.subset
+    return [Expert(seed, i, name_of(subset(i)), whole.store.folder(node.key)) for seed, i, node in experts]
+
+
+def merge(recipe: Reference, *overrides: str, out: Reference | None = None) -> list[Merged]:
+    """Merge the experts of a recipe into one model of the base's size (Eq. 8), training and searching what is not done.
+
+    Returns: the merged pipeline of every training seed, with its weights.
+    Raises: UserError, also where the recipe merges nothing; MachineError, Interrupted.
+    """
+    from deme_diffusion.errors import UserError
+
+    whole = _opened(recipe, overrides, out)
+    if not whole.graph.merged:
+        raise UserError("merge.method: none, so there is nothing to merge; leave it out, or serve the ensemble")
+    whole.execute(list(whole.graph.merged.values()))
+    results = []
+    for seed, node in whole.graph.merged.items():
+        artefact = whole.store.find(node.key)
+        assert artefact is not None, "it was made just now"
+        found = artefact.results
+        results.append(Merged(seed, artefact.folder, tuple(found["weights"]), str(found.get("source", "the recipe"))))
+    return results
+
+
+def evaluate(recipe: Reference, *overrides: str, out: Reference | None = None) -> list[Row]:
+    """Measure every model of a recipe's table, making what is not done; the table and page go into the run's folder.
+
+    Returns: a row a model: its name, and for each metric mean, spread, n and protocol.
+    Raises: UserError, MachineError, Interrupted.
+    """
+    whole = _opened(recipe, overrides, out)
+    whole.execute([*whole.graph.of_stage("evaluate"), whole.graph.cost])
+    return whole.report()[0]
+
+
+def sample(
+    recipe: Reference,
+    *overrides: str,
+    seeds: Sequence[int],
+    model: str | None = None,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+    eta: float | None = None,
+    timestep_spacing: Spacing | None = None,
+    images: Reference | None = None,
+    format: Literal["png", "npy"] = "png",
+    grid: bool = False,
+    out: Reference | None = None,
+) -> Samples:
+    """Images of one model of a run (`merged` by default; `base`, `ensemble`, `expert-0`, ...), one a seed.
+
+    An image depends on its seed alone, and is that of the stock pipeline with `torch.Generator().manual_seed(seed)`.
+    What is None of the sampler is as in the recipe's `evaluate.samplers`. `images` is the folder they go to,
+    RUN/images/MODEL-SAMPLER by default; those that are there already are not made again.
+
+    Returns: the folder, and the files in the order of the seeds.
+    Raises: UserError, also for a folder that holds anything else; MachineError, Interrupted.
+    """
+    from deme_diffusion.evaluation.export import check_seeds
+    from deme_diffusion.pipeline import sampling
+
+    whole = _opened(recipe, overrides, out)
+    choice = sampling.SamplerChoice(sampler, num_inference_steps, eta, timestep_spacing)
+    served = sampling.model_named(whole.graph, model)
+    one = sampling.of_run(whole, served, choice, None if images is None else Path(images), format)
+    return one.make(check_seeds(seeds), grid=grid)
+
+
+def attach_projection(component: nn.Module, folder: str | Path) -> nn.Module:
+    """Make the projections saved in a pipeline's or a component's folder act on the loaded component, and return it.
+
+    Only models merged with `decouple.projection=block` have any. Raises UserError where the folder has none, they do
+    not fit the component, or some are attached already.
+    """
+    from deme_diffusion.models.projection import attach_projection as attach
+
+    return attach(component, folder)
+
+
+def _opened(recipe: Reference, overrides: Sequence[str], out: Reference | None) -> Run:
+    from deme_diffusion.pipeline.run import open_run
+    from deme_diffusion.recipes import load
+
+    return open_run(load(str(recipe), overrides), out=None if out is None else Path(out))
