@@ -1,18 +1,26 @@
-"""What a run will do and need, before it does it: stages, steps, time, disk. No torch, no network."""
+"""What a run will do and need, before it does it: stages, downloads, time, memory, disk. No torch, no network."""
 
 from __future__ import annotations
 
 import os
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
+from deme_diffusion.config import Recipe
+from deme_diffusion.pipeline import needs
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import component_of, read_json, weight_bytes
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.pipeline.unet_cost import Cost
 
-FLOPS_PER_CORE = 2.5e10
-"""Assumed rate of one CPU core on small convolutions (17 to 50 GFLOP/s were measured); a GPU is far faster."""
+FLOPS_PER_CORE = 5e10
+"""Assumed rate of one CPU core; a run of digits reaches 58 GFLOP/s a core, its training steps alone 72."""
+HALF, SINGLE = 4e13, 2e13
+"""Assumed rates of one GPU in half precision, and in float32 with TF32 convolutions, which are torch's default."""
+ASSUMED = "at 40 TFLOP/s in fp16 or bf16 and 20 in float32, as of an A100; assumed, not measured"
+KINDS = {"pretrain": "training", "decouple": "training", "search": "search", "sample": "sampling"}
+LONGEST_ON_CORES, SHORTEST_ON_GPU = 14 * 24 * 3600, 600
+"""Seconds: what takes longer is nothing for cores; what takes less, no GPU would run at its rate."""
 
 
 def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
@@ -29,59 +37,94 @@ def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
         }
         for node in nodes
     ]
-    missing = [node for node in nodes if store.status(node.key) != "done"]
-    weights = _component_bytes(graph)
-    seconds = None if weights is None else sum(_seconds(graph, node, weights) for node in missing)
-    jobs = min(graph.recipe.runtime.jobs, os.cpu_count() or 1)
+    missing = [node for node, stage in zip(nodes, stages, strict=True) if stage["status"] != "done"]
+    downloads = needs.downloads(graph)
     return {
         "recipe": graph.recipe.name,
         "folder": str(run.folder),
-        "download": graph.base.label if not isinstance(graph.base, Node) and graph.base.path is None else None,
+        "download": next((entry["name"] for entry in downloads if entry["kind"] == "model"), None),
+        "downloads": downloads,
         "stages": stages,
         "steps": sum(node.steps for node in missing),
-        "seconds": None if seconds is None else round(seconds / jobs),
-        "disk_bytes": None if weights is None else sum(_disk(graph, node, weights) for node in missing),
+        **_estimates(graph, missing, needs.model_cost(graph)),
     }
 
 
-def _component_bytes(graph: Graph) -> int | None:
-    """Bytes of the base's weights, from the safetensors headers; None before they are downloaded or trained."""
-    base = graph.base
-    if isinstance(base, Node) or base.path is None:
-        return None
-    return sum(weight_bytes(file) for file in component_of(base.path).glob("*.safetensors"))
+def _estimates(graph: Graph, missing: Sequence[Node], cost: Cost | None) -> dict[str, Any]:
+    """Numbers for what is not done; None, each, before anything is known of the base."""
+    if cost is None:
+        unknown = ("model", "flops", "seconds", "gpu_hours", "disk", "disk_bytes", "memory_bytes")
+        return {**dict.fromkeys(unknown), "assumption": ASSUMED}
+    work = [(node, needs.flops(graph, node, cost)) for node in missing]
+    jobs = min(graph.recipe.runtime.jobs, os.cpu_count() or 1)
+    disk = needs.disk(graph, missing, cost)
+    return {
+        "model": {"parameters": cost.parameters, "forward_flops": cost.flops},
+        "flops": _by_kind(work),
+        "seconds": round(sum(flops for _, flops in work) / FLOPS_PER_CORE / jobs),
+        "gpu_hours": sum(flops / _rate(graph.recipe, node) for node, flops in work) / 3600,
+        "assumption": ASSUMED,
+        "disk": disk,
+        "disk_bytes": sum(disk.values()),
+        "memory_bytes": needs.memory(graph, missing, cost),
+    }
 
 
-def _seconds(graph: Graph, node: Node, weights: int) -> float:
-    """Forward FLOPs of a U-Net are about 2 x parameters x pixels / 4, since most parameters sit at low resolution."""
-    recipe = graph.recipe
-    pixels = recipe.pretrain.unet.sample_size**2 if isinstance(graph.base, Node) else _sample_pixels(graph)
-    forward = 2 * (weights / 4) * pixels / 4
-    passes = 3 + (node.stage == "decouple" and recipe.decouple.consistency_weight > 0)
-    settings = recipe.pretrain if node.stage == "pretrain" else recipe.decouple
-    images = node.steps * settings.train_batch_size * settings.gradient_accumulation_steps
-    flops = forward * (passes * images + node.images + _searched_images(graph, node))
-    return flops / FLOPS_PER_CORE
+def _by_kind(work: Sequence[tuple[Node, float]]) -> dict[str, float]:
+    total = dict.fromkeys(("training", "search", "sampling", "measuring"), 0.0)
+    for node, flops in work:
+        total[KINDS.get(node.stage, "measuring")] += flops
+    return total
 
 
-def _searched_images(graph: Graph, node: Node) -> int:
-    if node.stage != "search":
-        return 0
-    merge, experts = graph.recipe.merge, node.arguments["experts"]
-    extra = len(merge.scales) if merge.search == "least_squares" else len(merge.grid_values) ** experts
-    return int((experts + 2 + extra) * merge.num_images * merge.sampler.num_inference_steps)
+def _rate(recipe: Recipe, node: Node) -> float:
+    """FLOP/s of a GPU; only training knows mixed precision."""
+    training = KINDS.get(node.stage) == "training"
+    return HALF if training and needs.trained_by(recipe, node).mixed_precision != "no" else SINGLE
 
 
-def _sample_pixels(graph: Graph) -> int:
-    assert not isinstance(graph.base, Node)
-    size = read_json(component_of(graph.base.folder) / "config.json").get("sample_size") or 32
-    return prod(size) if isinstance(size, list) else int(size) ** 2
+# -- in words -------------------------------------------------------------------------------------
 
 
-def _disk(graph: Graph, node: Node, weights: int) -> int:
-    """What stays, and for the longest while it trains: raw and averaged weights, one checkpoint of five times them."""
-    if node.stage in ("decouple", "pretrain"):
-        return weights * 2 + weights * 5 // max(1, len(list(graph.of_stage(node.stage))))
-    if node.stage == "sample":
-        return graph.recipe.evaluate.num_images * _sample_pixels(graph) * 3
-    return weights if node.stage == "merge" else 100_000
+def described(planned: dict[str, Any]) -> list[str]:
+    """The plan's downloads and needs, a line each."""
+    return [*_downloads_said(planned["downloads"]), *_needs_said(planned)]
+
+
+def _downloads_said(downloads: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for entry in downloads:
+        size = f", {_size(entry['bytes'])}" if entry["bytes"] else ", size unknown"
+        note = f"; {entry['note']}" if entry["note"] else ""
+        lines.append(f"to download: {entry['name']} ({entry['kind']}{size}){note}")
+    return lines
+
+
+def _needs_said(planned: dict[str, Any]) -> list[str]:
+    steps = f"to do: {planned['steps']:,} steps"
+    if planned["model"] is None:
+        return [f"{steps}; time, memory and disk are unknown before the base is here"]
+    model, disk = planned["model"], planned["disk"]
+    forward = f"{model['forward_flops'] / 1e9:,.3g} GFLOP for an image's forward pass"
+    lines = [f"{steps} of a model of {model['parameters']:,} parameters, {forward}"]
+    lines += [f"time: about {said}" for said in _times_said(planned)]
+    shares = ", ".join(f"{kind} {_size(size)}" for kind, size in disk.items() if size >= planned["disk_bytes"] / 100)
+    lines += [f"disk: about {_size(planned['disk_bytes'])} ({shares})"]
+    held = [f"{_size(size)} for {kind}" for kind, size in planned["memory_bytes"].items() if size]
+    return [*lines, f"memory: about {', '.join(held)} (activations in float32)"] if held else lines
+
+
+def _times_said(planned: dict[str, Any]) -> list[str]:
+    cores = f"{_time(planned['seconds'])} on this machine's cores (a rough estimate)"
+    gpu = f"{_time(planned['gpu_hours'] * 3600)} on one GPU {planned['assumption']}"
+    fits = planned["seconds"] <= LONGEST_ON_CORES
+    worth = not fits or planned["gpu_hours"] * 3600 >= SHORTEST_ON_GPU
+    return [said for said, wanted in ((gpu, worth), (cores, fits)) if wanted]
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.0f} hours"
