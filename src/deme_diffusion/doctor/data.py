@@ -1,0 +1,111 @@
+"""The images of a recipe: how many, which cannot be read, their sizes and modes, and whether they fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from deme_diffusion.data.index import SUMMARY, Indexed, Summary, scan
+from deme_diffusion.data.sources import Digits
+from deme_diffusion.data.table import Table
+from deme_diffusion.doctor.finding import Finding
+from deme_diffusion.errors import UserError
+from deme_diffusion.pipeline.images import check_fit
+from deme_diffusion.pipeline.inputs import NO_SIZE, component_of, read_json
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.run import Run
+
+MOST_LISTED = 50
+FEW = 1000
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """Looks at every image, unless the run's index is there already, or they would have to be downloaded."""
+    settings = run.recipe.data
+    if settings.source == "digits":
+        yield Finding("ok", "data", f"{len(Digits())} embedded digits, 8x8 grey")
+        return
+    node = run.graph.data
+    assert isinstance(node, Node), "all but the embedded images are indexed"
+    if run.store.find(node.key) is not None:
+        yield from _of_index(run, node)
+    elif settings.source == "hub":
+        yield Finding("warning", "data", f"{settings.path} is on the hub: its images are looked at when it is fetched")
+    else:
+        yield from _of_scan(run)
+
+
+def _of_index(run: Run, node: Node) -> Iterator[Finding]:
+    folder = run.store.folder(node.key)
+    summary = read_json(folder / SUMMARY)
+    yield Finding("ok", "data", f"{summary['images']:,} images, indexed already in {folder}")
+    yield from _described(summary)
+    source = Indexed(run.recipe.data, folder, run.graph.source.commit)
+    first = next(i for i, split in enumerate(source.split) if split >= 0)
+    yield from _fit(run, source.pixels(first).shape)
+
+
+def _of_scan(run: Run) -> Iterator[Finding]:
+    settings, summary = run.recipe.data, Summary()
+    for row in scan(Table(settings), settings):
+        summary.add(row)
+    broken = tuple(f"number {i}: {why}" for i, why in summary.corrupt[:MOST_LISTED])
+    if more := len(summary.corrupt) - len(broken):
+        broken += (f"and {more} more",)
+    try:
+        summary.check(settings)
+    except UserError as error:
+        yield Finding("problem", "data", str(error), broken)
+        return
+    yield Finding("ok", "data", f"{summary.images:,} images in {settings.path}")
+    if broken:
+        share = len(summary.corrupt) / summary.images
+        yield Finding("warning", "unreadable", f"{len(summary.corrupt)} images ({share:.2%}) would be skipped", broken)
+    yield from _described(summary.as_dict())
+    yield from _fit(run, summary.shapes.most_common(1)[0][0])
+
+
+def _described(summary: dict[str, Any]) -> Iterator[Finding]:
+    sizes = ", ".join(f"{size} ({n:,})" for size, n in list(summary["sizes"].items())[:5])
+    yield Finding("ok", "sizes", sizes + (", ..." if len(summary["sizes"]) > 5 else ""))
+    yield Finding("ok", "modes", ", ".join(f"{mode} ({n:,})" for mode, n in summary["modes"].items()))
+    splits = {name: summary["splits"].get(name, 0) for name in ("train", "search", "report")}
+    said = ", ".join(f"{name} {n:,}" for name, n in splits.items())
+    empty = [name for name, n in splits.items() if not n]
+    if empty:
+        yield Finding("problem", "splits", f"{said}: the {empty[0]} split is empty; see data.*_fraction, or bring more")
+    elif min(splits["search"], splits["report"]) < FEW:
+        yield Finding("warning", "splits", f"{said}: distances over fewer than {FEW:,} images are very rough")
+    else:
+        yield Finding("ok", "splits", said)
+
+
+def _fit(run: Run, pixels: tuple[int, ...]) -> Iterator[Finding]:
+    """Compare an image (h, w, c) with what the model takes; a random crop is square already by then."""
+    settings, wanted = run.recipe.data, _model_shape(run)
+    if wanted is None:
+        yield Finding("warning", "model", "not here yet: whether the images fit it is seen after the download")
+        return
+    height, width = (settings.resolution,) * 2 if settings.resolution else pixels[:2]
+    try:
+        check_fit((pixels[2], height, width), wanted, settings)
+    except UserError as error:
+        yield Finding("problem", "model", str(error).removeprefix("data: "))
+        return
+    yield Finding("ok", "model", f"takes {width}x{height} with {pixels[2]} channels, as the images are")
+
+
+def _model_shape(run: Run) -> tuple[int, int, int] | None:
+    """(c, h, w) of the base's samples; None before it is downloaded."""
+    base = run.graph.base
+    if isinstance(base, Node):
+        unet = run.recipe.pretrain.unet
+        return unet.in_channels, unet.sample_size, unet.sample_size
+    if base.path is None:
+        return None
+    config = read_json(component_of(base.path) / "config.json")
+    size: Any = config.get("sample_size")
+    if size is None:
+        raise UserError(f"{component_of(base.path)}: {NO_SIZE}")
+    height, width = size if isinstance(size, list) else (size, size)
+    return int(config["in_channels"]), int(height), int(width)
