@@ -20,7 +20,7 @@ from deme_diffusion.artefacts import Store, clean, referenced
 from deme_diffusion.config import LossSettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation.extractor import load_extractor
+from deme_diffusion.evaluation.extractors import load_extractor
 from deme_diffusion.evaluation.features import features_of, real_pixels
 from deme_diffusion.evaluation.scores import score_images
 from deme_diffusion.models import projection
@@ -329,10 +329,9 @@ def test_run_folder_holds_recipe_table_page_and_links(finished: Run) -> None:
 def test_table_has_a_row_a_model_and_the_training_images(finished: Run) -> None:
     rows = read_table(finished.folder / "table.json")
     assert [row["model"] for row in rows] == [*MODELS, "training images"]
-    columns = {"loss", "loss [0,10)", "loss [10,20)", "FD(digits-cnn) DDIM-2", "KID(digits-cnn) DDIM-2",
-               "precision DDIM-2", "recall DDIM-2", "FD(digits-cnn) DDPM-3", "KID(digits-cnn) DDPM-3",
-               "precision DDPM-3", "recall DDPM-3", "parameters", "latency (ms)", "peak memory (MB)",
-               "disk (MB)"}  # fmt: skip
+    scores = ("FD(digits-cnn)", "KID(digits-cnn)", "IS(digits-cnn)", "precision", "recall", "density", "coverage")
+    columns = {f"{score} {sampler}" for score in scores for sampler in ("DDIM-2", "DDPM-3")}
+    columns |= {"loss", "loss [0,10)", "loss [10,20)", "parameters", "latency (ms)", "peak memory (MB)", "disk (MB)"}
     for row in rows[:-1]:
         assert set(row["metrics"]) == columns, row["model"]
     assert set(rows[-1]["metrics"]) == {name for name in columns if "DDIM" in name or "DDPM" in name}
@@ -343,12 +342,9 @@ def test_too_few_training_images_have_no_score_and_the_table_stands(pico_values:
     samples = [f"{sampler.label}/0" for sampler in graph.recipe.evaluate.samplers]
     scores = {"FD": 1.0, "KID": 0.1, "precision": 0.5, "recall": 0.5}
     full, few = scores | {"n": graph.recipe.evaluate.num_images}, scores | {"n": 3}
-    base = table._image_scores(
-        graph, {0: {"reference_images": 9, "manifold_images": 9, "images": dict.fromkeys(samples, full)}}, "cnn"
-    )
-    real = table._image_scores(
-        graph, {0: {"reference_images": 9, "manifold_images": 9, "images": {"real": few}}}, "cnn"
-    )
+    measured = {"reference_images": 9, "manifold_images": 9, "preprocessing": "none"}
+    base = table._image_scores(graph, {0: {**measured, "images": dict.fromkeys(samples, full)}}, "cnn")
+    real = table._image_scores(graph, {0: {**measured, "images": {"real": few}}}, "cnn")
     check_protocols([{"model": "base", "metrics": base}, {"model": "training images", "metrics": real}])
     assert all(figure["mean"] is None and "3 images" in figure["reason"] for figure in real.values())
     assert all(figure["mean"] is not None for figure in base.values())

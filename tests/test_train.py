@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ from deme_diffusion.config import AugmentSettings, DataSettings, DecoupleSetting
 from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.progress import Progress
+from deme_diffusion.decoupling.signals import stop_signals
 from deme_diffusion.decoupling.step import Job, StepLosses, total
-from deme_diffusion.decoupling.train import MOST_SKIPPED, _stop_signals, _update, train
+from deme_diffusion.decoupling.train import MOST_SKIPPED, _update, train
 from deme_diffusion.division import Runs, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.files import read_jsonl
@@ -167,7 +169,7 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path, images: Split, he
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_wish_to_stop() -> None:
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.is_set()
@@ -276,8 +278,8 @@ def test_the_teacher_and_the_base_stay_as_they_were(
     before, teachers, taught = state_digest(denoiser.module.state_dict()), [], denoiser.teacher
 
     @contextmanager
-    def watched() -> Iterator[nn.Module]:
-        with taught() as teacher:
+    def watched(dtype: torch.dtype | None) -> Iterator[nn.Module]:
+        with taught(dtype) as teacher:
             teachers.append(teacher)
             yield teacher
 
@@ -301,7 +303,7 @@ def test_without_consistency_loss_no_teacher_is_made(
     tmp_path: Path, images: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = make_pico_denoiser()
-    monkeypatch.setattr(denoiser, "teacher", lambda: pytest.fail("a teacher was made"))
+    monkeypatch.setattr(denoiser, "teacher", lambda dtype: pytest.fail("a teacher was made"))
     train(denoiser, images, job(consistency_weight=0.0, steps=1), tmp_path, runtime=runtime())
     assert read_jsonl(tmp_path / "loss.jsonl")[0]["consistency"] == 0
 
@@ -528,9 +530,6 @@ class FakeAccelerator:
 
     scaler = object()
 
-    def clip_grad_norm_(self, parameters: Any, most: float) -> torch.Tensor:
-        return torch.tensor(float("inf"))
-
 
 class FakeOptimizer:
     """Skips the updates of the given numbers, as accelerate's does at an overflow."""
@@ -553,7 +552,7 @@ def updates(skipping: set[int], count: int) -> Progress:
     optimizer, progress = FakeOptimizer(skipping), Progress()
     losses = [StepLosses(*(torch.tensor([float("inf")]) for _ in range(3)), torch.tensor([0]))]
     for _ in range(count):
-        _update(FakeAccelerator(), optimizer, [], losses, job(), progress, ["[0,10)"])  # type: ignore[arg-type]
+        _update(FakeAccelerator(), optimizer, losses, math.inf, job(), progress, ["[0,10)"])  # type: ignore[arg-type]
         progress.step += 1
     return progress
 
@@ -580,13 +579,13 @@ def test_twenty_overflows_in_a_row_stop_and_an_update_between_them_starts_the_co
 def test_a_skipped_update_does_not_move_the_average(
     tmp_path: Path, images: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def skipping(accelerator: Any, optimizer: Any, *rest: Any) -> float:
+    def skipping(accelerator: Any, optimizer: Any, *rest: Any) -> None:
         progress = rest[3]
         if progress.step < 2:
-            return _update(accelerator, optimizer, *rest)
+            _update(accelerator, optimizer, *rest)
+            return
         optimizer.zero_grad()
         progress.skipped_in_a_row += 1
-        return float("inf")
 
     monkeypatch.setattr("deme_diffusion.decoupling.train._update", skipping)
     results = train(make_pico_denoiser(), images, job(steps=3), tmp_path, runtime=runtime(checkpointing_steps=1))

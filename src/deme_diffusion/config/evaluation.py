@@ -60,6 +60,7 @@ class ExtractorSettings(Settings):
 class LossSettings(Settings):
     """The fixed-noise loss: every held-out view at `draws` timesteps of each range, noise and t keyed by the seed."""
 
+    num_images: Positive | None = Field(None, description="the first so many images of the split; null is all")
     draws: Positive = 4
     seed: int = 0
 

@@ -20,9 +20,7 @@ class RuntimeSettings(Settings):
     deterministic: bool = Field(False, description="on a GPU: bit-identical when run again, at some cost in speed")
     compile: bool = Field(False, description="torch.compile the student, the teacher and the sampled model")
     channels_last: bool = Field(False, description="memory format of convolutions, faster on GPUs in half precision")
-    gradient_checkpointing: bool = Field(
-        False, description="activations computed anew: less memory, more time"
-    )
+    gradient_checkpointing: bool = Field(False, description="activations computed anew: less memory, more time")
     offload_ema: bool = Field(False, description="the moving average in CPU memory")
     threads: NonNegative = Field(0, description="CPU threads of a process; 0 divides the cores among the jobs")
     dataloader_num_workers: NonNegative = 0

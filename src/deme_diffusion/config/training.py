@@ -16,6 +16,9 @@ class TrainSettings(Settings):
     learning_rate: float = Field(5e-5, ge=0.0)
     train_batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
+    processes: Positive = Field(
+        1, description="processes that train one model, each on train_batch_size; their launcher sets it"
+    )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: NonNegative = 0
     max_grad_norm: float = Field(1.0, gt=0.0)
@@ -58,9 +61,7 @@ class DecoupleSettings(TrainSettings):
     timestep_sampling: Literal["per_sample", "per_batch"] = Field(
         "per_sample", description="a coin of global_prob for each sample, or, as the public script, for each batch"
     )
-    antithetic: bool = Field(
-        False, description="mirrored pairs (t, lo + hi - 1 - t), as the public script"
-    )
+    antithetic: bool = Field(False, description="mirrored pairs (t, lo + hi - 1 - t), as the public script")
     consistency_weight: float = Field(1.0, ge=0.0, description="weight of the loss to the teacher (Eq. 5)")
     teacher: Literal["frozen", "ema"] = Field(
         "frozen", description="ema: the student's own average takes its place, an accident of the public script"

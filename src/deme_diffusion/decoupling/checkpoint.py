@@ -35,7 +35,7 @@ class Checkpoint:
 
 def save(work: Path, checkpoint: Checkpoint, *, limit: int) -> None:
     """Write `work/checkpoint-<step>`, the record last, then drop all but the newest `limit`."""
-    folder = work / f"checkpoint-{checkpoint.step:08d}"
+    folder = _folder(work, checkpoint.step)
     folder.mkdir(parents=True, exist_ok=True)
     save_state(folder / TENSORS, checkpoint.tensors)
     record = {**checkpoint.record, "step": checkpoint.step, "sha256": file_digest(folder / TENSORS)}
@@ -45,18 +45,27 @@ def save(work: Path, checkpoint: Checkpoint, *, limit: int) -> None:
 
 
 def latest(work: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; broken ones are named in the log and passed over."""
+    """The newest checkpoint that is whole; broken ones are named in the log, removed and passed over."""
     for folder in reversed(_folders(work)):
         try:
-            record = json.loads((folder / RECORD).read_text())
-            if file_digest(folder / TENSORS) != record["sha256"]:
-                raise ValueError("checksum differs")
-            return Checkpoint(int(record["step"]), load_state(folder / TENSORS), record)
+            return _read(folder)
         # Not every OSError: what cannot be read at the moment must not be deleted for it.
         except (FileNotFoundError, ValueError, KeyError, TypeError) as problem:
             log.warning("%s is not whole (%s): going back to the one before", folder, problem)
             shutil.rmtree(folder)
     return None
+
+
+def at(work: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` steps, which another process has found whole."""
+    return _read(_folder(work, step))
+
+
+def _read(folder: Path) -> Checkpoint:
+    record = json.loads((folder / RECORD).read_text())
+    if file_digest(folder / TENSORS) != record["sha256"]:
+        raise ValueError("checksum differs")
+    return Checkpoint(int(record["step"]), load_state(folder / TENSORS), record)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> State:
@@ -67,11 +76,24 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> State:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: State) -> None:
     """The inverse of `flatten_optimizer`; settings (learning rate, betas) stay those of the optimizer."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
     for key, value in flat.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = _as_it_was(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _as_it_was(value: torch.Tensor, parameter: torch.Tensor) -> Any:
+    if value.ndim == 0 and not value.is_floating_point():
+        return value.item()  # a count, which bitsandbytes keeps as a number
+    if value.shape == parameter.shape and value.stride() != parameter.stride():  # which a fused step refuses
+        return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+    return value
+
+
+def _folder(work: Path, step: int) -> Path:
+    return work / f"checkpoint-{step:08d}"
 
 
 def _folders(work: Path) -> list[Path]:

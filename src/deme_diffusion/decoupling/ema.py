@@ -13,12 +13,16 @@ from deme_diffusion.config import TrainSettings
 
 
 class Ema:
-    """diffusers' `EMAModel` over a list of parameters; its weights are only ever seen inside `with ema.weights()`."""
+    """diffusers' `EMAModel` over a list of parameters; its weights are only ever seen inside `with ema.weights()`.
 
-    def __init__(self, parameters: list[nn.Parameter], settings: TrainSettings) -> None:
-        self.parameters = parameters
+    `offload` holds it in CPU memory: it then follows copies of the parameters there.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], settings: TrainSettings, *, offload: bool = False) -> None:
+        self.parameters, self.offload = parameters, offload
+        self._followed = [_on_the_host(p) for p in parameters] if offload else parameters
         self.model = EMAModel(
-            parameters,
+            self._followed,
             decay=settings.ema_max_decay,
             use_ema_warmup=True,
             inv_gamma=settings.ema_inv_gamma,
@@ -28,12 +32,16 @@ class Ema:
 
     def step(self) -> None:
         """Follow the parameters after an update."""
-        self.model.step(self.parameters)
+        if self.offload:
+            for copy, parameter in zip(self._followed, self.parameters, strict=True):
+                copy.data.copy_(parameter.data)
+        self.model.step(self._followed)
 
     @contextmanager
     def weights(self) -> Iterator[None]:
         """The averaged weights stand in the parameters; on leaving, the raw ones are back, to the bit."""
-        raw = [parameter.detach().clone() for parameter in self.parameters]
+        raw = [p.detach().cpu() if self.offload else p.detach() for p in self.parameters]
+        raw = [value.clone() for value in raw]
         self.model.copy_to(self.parameters)
         try:
             yield
@@ -52,3 +60,8 @@ class Ema:
             for i, shadow in enumerate(self.model.shadow_params):
                 shadow.copy_(state[str(i)])
         self.model.optimization_step = steps
+
+
+def _on_the_host(parameter: nn.Parameter) -> nn.Parameter:
+    copy = parameter.detach().to("cpu", copy=True)
+    return nn.Parameter(copy.pin_memory() if torch.cuda.is_available() else copy)

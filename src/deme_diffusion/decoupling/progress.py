@@ -14,6 +14,7 @@ from torch import nn
 
 from deme_diffusion.decoupling.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.teacher import Averaged
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,19 @@ class Progress:
 
 
 def snapshot(
-    accelerator: Accelerator, student: nn.Module, optimizer: Any, ema: Ema | None, progress: Progress
+    accelerator: Accelerator,
+    student: nn.Module,
+    optimizer: Any,
+    ema: Ema | None,
+    teacher: Averaged | None,
+    progress: Progress,
 ) -> Checkpoint:
     """All that a resumed training needs to take the very next step."""
     parts = {
         "model": accelerator.unwrap_model(student).state_dict(),
         "optimizer": flatten_optimizer(optimizer),
         "ema": ema.state() if ema else {},
+        "teacher": teacher.state() if teacher else {},
     }
     tensors = {f"{part}/{key}": value for part, state in parts.items() for key, value in state.items()}
     record = {**vars(progress), "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
@@ -52,6 +59,7 @@ def restore(
     student: nn.Module,
     optimizer: Any,
     ema: Ema | None,
+    teacher: Averaged | None,
     environment: dict[str, Any],
 ) -> Progress:
     """Put a checkpoint back; what exactness is relative to (versions, device, threads) is compared, and said."""
@@ -62,6 +70,8 @@ def restore(
     progress = Progress(**record)
     if ema:
         ema.restore(saved.part("ema"), progress.updates)
+    if teacher:
+        teacher.restore(saved.part("teacher"))
     if accelerator.scaler is not None and saved.record["scaler"]:
         accelerator.scaler.load_state_dict(saved.record["scaler"])
     for key, before in progress.environment.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,7 +13,7 @@ from deme_diffusion.config import TrainSettings
 from deme_diffusion.data.loading import Batch
 from deme_diffusion.decoupling.timesteps import draw_timesteps
 from deme_diffusion.division import Runs, from_runs, owners, reported
-from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.denoiser import Denoiser, Noised
 from deme_diffusion.models.objective import consistency_loss, denoising_loss, min_snr_weights
 
 
@@ -29,10 +30,23 @@ class Job:
     global_prob: float = 0.0
     consistency_weight: float = 0.0
     projection: str = "none"
+    timestep_sampling: Literal["per_sample", "per_batch"] = "per_sample"
+    antithetic: bool = False
+    teacher: Literal["frozen", "ema"] = "frozen"
+    teacher_update_steps: int = 500
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def teacher_precision(self) -> torch.dtype | None:
+        """The dtype that the teacher is held and run in; None: as the base is."""
+        return None if self.teacher_dtype == "float32" else getattr(torch, self.teacher_dtype)
 
 
 class Combine(Protocol):
-    """How the losses of the ranges become one loss; a multi-task method puts its own here."""
+    """How the losses of the ranges become one loss; a multi-task method puts its own here.
+
+    In several processes each combines the losses of its own samples, and their gradients are averaged.
+    """
 
     def __call__(self, losses: dict[int, torch.Tensor]) -> torch.Tensor:
         """{range: its share of the batch's mean loss} -> the scalar to differentiate."""
@@ -45,7 +59,7 @@ def total(losses: dict[int, torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class StepLosses:
-    """Losses of one micro-batch, per sample and detached, with the range each sample fell in."""
+    """Losses of one micro-batch, per sample and detached, with the range each sample fell in (on the CPU)."""
 
     loss: torch.Tensor
     denoising: torch.Tensor
@@ -58,13 +72,19 @@ class StepLosses:
 
 
 class TrainStep:
-    """Callable: micro-batch -> (scalar to differentiate, losses). Holds what stays equal over the steps."""
+    """Callable: micro-batch -> (scalar to differentiate, losses). Holds what stays equal over the steps.
 
-    def __init__(self, denoiser: Denoiser, job: Job, device: torch.device, combine: Combine = total) -> None:
+    Nothing here waits for the device: which range a sample falls in is known on the CPU, where t is drawn.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, job: Job, device: torch.device, combine: Combine = total, processes: int = 1
+    ) -> None:
         self.denoiser, self.job, self.device, self.combine = denoiser, job, device, combine
         self.subset = from_runs(job.subset)
+        self.batch = processes * job.settings.train_batch_size if job.timestep_sampling == "per_batch" else None
         total_steps = denoiser.num_train_timesteps
-        self.owners = torch.from_numpy(owners(reported(job.subset, total_steps), total_steps)).to(device)
+        self.owners = owners(reported(job.subset, total_steps), total_steps)
         gamma = job.settings.snr_gamma
         weights = None if gamma is None else min_snr_weights(denoiser.snr(), gamma, denoiser.prediction_type)
         self.weights = None if weights is None else weights.float().to(device)
@@ -73,15 +93,14 @@ class TrainStep:
         job, where = self.job, {"step": batch["step"], "first": batch["first"]}
         images, noise = (batch[key].to(self.device, non_blocking=True) for key in ("image", "noise"))
         drawn = draw_timesteps(
-            self.denoiser, self.subset, global_prob=job.global_prob, seed=job.seed, count=len(images), **where
-        )
-        t = torch.from_numpy(drawn).to(self.device)
+            self.denoiser, self.subset, global_prob=job.global_prob, seed=job.seed, count=len(images),
+            batch=self.batch, antithetic=job.antithetic, **where,
+        )  # fmt: skip
+        t = torch.from_numpy(drawn).to(self.device, non_blocking=True)
         noised = self.denoiser.noised({**batch, "image": images}, t, noise)
 
-        answer = None
-        if teacher is not None:  # before the student, whose activations would be in its way: 5% of a small model's step
-            with torch.no_grad():
-                answer = self.denoiser.predict(teacher, noised.x_t, noised.t, noised.condition)
+        # The teacher before the student, whose activations would be in its way: 5% of a small model's step.
+        answer = None if teacher is None else self._answer(teacher, noised)
         prediction = self.denoiser.predict(student, noised.x_t, noised.t, noised.condition)
         denoising = denoising_loss(prediction, noised.target)
         consistency = torch.zeros_like(denoising) if answer is None else consistency_loss(prediction, answer)
@@ -89,6 +108,19 @@ class TrainStep:
         loss = denoising + job.consistency_weight * consistency  # Eq. 5
         if self.weights is not None:
             loss = loss * self.weights[t]
-        owner = self.owners[t]
-        shares = {int(r): loss[owner == r].sum() / len(loss) for r in torch.unique(owner)}
-        return self.combine(shares), StepLosses(loss.detach(), denoising.detach(), consistency.detach(), owner)
+        owner = self.owners[drawn]
+        shares = {int(r): loss[self._where(owner == r)].sum() / len(loss) for r in np.unique(owner)}
+        record = StepLosses(loss.detach(), denoising.detach(), consistency.detach(), torch.from_numpy(owner))
+        return self.combine(shares), record
+
+    def _where(self, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> torch.Tensor:
+        return torch.from_numpy(np.flatnonzero(mask)).to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _answer(self, teacher: nn.Module, noised: Noised) -> torch.Tensor:
+        """The teacher's prediction, in the precision that it is held in, as float32."""
+        precision = self.job.teacher_precision
+        if precision is None:
+            return self.denoiser.predict(teacher, noised.x_t, noised.t, noised.condition)
+        condition = {k: v.to(precision) if v.is_floating_point() else v for k, v in noised.condition.items()}
+        return self.denoiser.predict(teacher, noised.x_t.to(precision), noised.t, condition).float()

@@ -1,4 +1,4 @@
-"""Probabilistic sampling of timesteps (Eq. 6)."""
+"""Probabilistic sampling of timesteps (Eq. 6): by sample, or by batch and in mirrored pairs as in the public script."""
 
 from __future__ import annotations
 
@@ -8,21 +8,60 @@ import numpy.typing as npt
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.rng import uniforms
 
+Timesteps = npt.NDArray[np.int64]
+Uniforms = npt.NDArray[np.float64]
+
 
 def draw_timesteps(
     denoiser: Denoiser,
-    subset: npt.NDArray[np.int64],
+    subset: Timesteps,
     *,
     global_prob: float,
     seed: int,
     step: int,
     first: int,
     count: int,
-) -> npt.NDArray[np.int64]:
+    batch: int | None = None,
+    antithetic: bool = False,
+) -> Timesteps:
     """(count,) timesteps: from the expert's own subset with probability 1 - p, from all of [0, T) with p.
 
-    One coin a sample, keyed by (seed, step, global sample index).
+    One coin a sample, keyed by (seed, step, global sample index); or with `batch`, the samples of a micro-batch over
+    all processes, one coin for each of those. `antithetic`: the global samples 2k and 2k+1 are a pair, at t and at
+    its mirror image (`mirrored`). A sample's timestep never depends on how many processes there are.
     """
-    u, coin = uniforms(seed, "t", step, first, count, each=2).T
     everywhere = np.arange(denoiser.num_train_timesteps)
-    return np.where(coin < global_prob, denoiser.timesteps(everywhere, u), denoiser.timesteps(subset, u))
+    u, coin = (_pairwise if antithetic else _each)(seed, step, first, count)
+    if batch is not None:
+        coin = _coins_of_batches(seed, step, first, count, batch)
+    globally, own = denoiser.timesteps(everywhere, u), denoiser.timesteps(subset, u)
+    if antithetic:
+        second = np.arange(first, first + count) % 2 == 1
+        globally = np.where(second, mirrored(globally, everywhere), globally)
+        own = np.where(second, mirrored(own, subset), own)
+    return np.where(coin < global_prob, globally, own)
+
+
+def mirrored(t: Timesteps, subset: Timesteps) -> Timesteps:
+    """The mirror image of each t in the subset's rank: lo + hi - 1 - t where the (sorted) subset is [lo, hi)."""
+    return subset[len(subset) - 1 - np.searchsorted(subset, t)]
+
+
+def _each(seed: int, step: int, first: int, count: int) -> tuple[Uniforms, Uniforms]:
+    u, coin = uniforms(seed, "t", step, first, count, each=2).T
+    return u, coin
+
+
+def _pairwise(seed: int, step: int, first: int, count: int) -> tuple[Uniforms, Uniforms]:
+    """Both samples of a pair get its number and its coin, whatever batch they fall into."""
+    pairs = np.arange(first, first + count) // 2
+    drawn = uniforms(seed, "t of a pair", step, int(pairs[0]), int(pairs[-1] - pairs[0]) + 1, each=2)
+    u, coin = drawn[pairs - pairs[0]].T
+    return u, coin
+
+
+def _coins_of_batches(seed: int, step: int, first: int, count: int, batch: int) -> Uniforms:
+    """The coin of the micro-batch that each sample belongs to."""
+    owner = np.arange(first, first + count) // batch
+    drawn = uniforms(seed, "coin of a batch", step, int(owner[0]), int(owner[-1] - owner[0]) + 1)
+    return np.asarray(drawn[owner - owner[0], 0])

@@ -1,21 +1,21 @@
-"""The loop of one training, on accelerate: experts, controls and bases alike. Exact to resume when killed."""
+"""The loop of one training, on accelerate: experts, controls and bases alike. Exact to resume when killed.
+
+In several processes (`accelerate launch`, `torchrun`) all of them run it: the main one reads what there is, validates
+and writes; what follows from that goes round (`agree`), so that all take the same steps and stop after the same one.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,13 +23,19 @@ from deme_diffusion.config import RuntimeSettings
 from deme_diffusion.data.loading import Batch, Order, steps
 from deme_diffusion.data.splits import Split
 from deme_diffusion.decoupling import checkpoint as checkpoints
+from deme_diffusion.decoupling.agree import all_allow, any_of, from_main, gathered
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.journal import Journal
+from deme_diffusion.decoupling.memory import check_memory
 from deme_diffusion.decoupling.progress import Progress, environment_of, restore, snapshot
 from deme_diffusion.decoupling.result import best_file, drop_older_bests, write_result
+from deme_diffusion.decoupling.setup import learning_rates, make_accelerator, make_optimizer
+from deme_diffusion.decoupling.signals import stop_signals
 from deme_diffusion.decoupling.step import Combine, Job, StepLosses, TrainStep, total
+from deme_diffusion.decoupling.switches import check_compiled, checkpoint_gradients, forget_compiled, laid_out, switched
+from deme_diffusion.decoupling.teacher import Averaged, teaching
 from deme_diffusion.division import name_of, reported, whole
-from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.models.projection import Projected
@@ -38,8 +44,6 @@ from deme_diffusion.weights import save_state
 
 log = logging.getLogger(__name__)
 MOST_SKIPPED = 20
-SAME_STOP = 1.0
-"""Seconds in which further signals are the same wish: one to a process group reaches a worker twice."""
 Preview = Callable[[nn.Module, Path], None]
 
 
@@ -56,124 +60,131 @@ def train(
 ) -> dict[str, Any]:
     """Train one model into `folder` (`<component>/`, `raw/`, logs), going on from the newest checkpoint in it.
 
-    Returns the results for the manifest. Raises Interrupted after a SIGINT or SIGTERM (a checkpoint is written), and
-    MachineError at a non-finite loss (before the step; the last checkpoint stays).
+    Returns the results for the manifest. Raises Interrupted after a SIGINT or SIGTERM (a checkpoint is written),
+    MachineError at a non-finite loss (before the step; the last checkpoint stays), and UserError before the first
+    step where the memory will not do.
     """
+    with switched(runtime, allow_tf32=job.settings.allow_tf32):
+        return _train(denoiser, images, job, folder, runtime, validation, preview, combine)
+
+
+def _train(
+    denoiser: Denoiser,
+    images: Split,
+    job: Job,
+    folder: Path,
+    runtime: RuntimeSettings,
+    validation: FixedNoise | None,
+    preview: Preview | None,
+    combine: Combine,
+) -> dict[str, Any]:
     # -- what takes part ----------------------------------------------------------------------------
     settings, work = job.settings, folder / "work"
-    accelerator = _accelerator(settings.mixed_precision, runtime.device)
-    student: nn.Module = Projected(denoiser.student(), job.projection)
-    parameters = denoiser.trainable(student)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=job.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-        # A fused optimizer skips an overflow inside its kernel, where accelerate's `step_was_skipped` cannot see it.
-        fused=settings.mixed_precision != "fp16",
-    )
-    student, optimizer = accelerator.prepare(student.train(), optimizer)
-    ema = Ema(parameters, settings) if settings.use_ema else None
-    rate = _learning_rates(job)
+    accelerator = make_accelerator(job, runtime.device)
+    main, processes = accelerator.is_main_process, accelerator.num_processes
+    all_allow(accelerator, lambda: check_memory(denoiser, job, runtime, accelerator.device, processes))
+    unwrapped = Projected(_component(denoiser, runtime), job.projection).to(accelerator.device).train()
+    if runtime.compile:
+        check_compiled(denoiser, unwrapped, settings)
+    parameters = denoiser.trainable(unwrapped)
+    optimizer: Any = make_optimizer(parameters, job, accelerator.device)
+    student: nn.Module
+    student, optimizer = accelerator.prepare(unwrapped, optimizer)
+    ema = Ema(parameters, settings, offload=runtime.offload_ema) if settings.use_ema else None
+    rate = learning_rates(job)
     order = Order(
         settings.train_batch_size,
         settings.gradient_accumulation_steps,
         accelerator.process_index,
-        accelerator.num_processes,
+        processes,
     )
-    train_step = TrainStep(denoiser, job, accelerator.device, combine)
-
-    # -- where it stands ---------------------------------------------------------------------------
-    progress = Progress(environment=environment_of(accelerator))
-    resumed = checkpoints.latest(work)
-    if resumed is not None:
-        progress = restore(resumed, accelerator, student, optimizer, ema, progress.environment)
-        log.info("%s: going on after step %d of %d", job.name, progress.step, job.steps)
+    train_step = TrainStep(denoiser, job, accelerator.device, combine, processes)
     ranges = reported(job.subset, denoiser.num_train_timesteps)
     names = [name_of(runs) for runs in ranges]
-    journal = Journal(folder, names, after=progress.step, board_every=max(1, runtime.logging_steps // 5),
-                      active=accelerator.is_main_process)  # fmt: skip
 
-    def save_checkpoint() -> None:
-        if accelerator.is_main_process:
-            journal.flush()
-            state = snapshot(accelerator, student, optimizer, ema, progress)
-            checkpoints.save(work, state, limit=runtime.checkpoints_total_limit)
-            drop_older_bests(work, progress)
+    with teaching(denoiser, job) as teacher, stop_signals() as stop:
+        teacher = None if teacher is None else laid_out(teacher.to(accelerator.device), runtime)
+        renewed = Averaged(denoiser, teacher, ema, job.teacher_update_steps) \
+            if teacher is not None and ema is not None and job.teacher == "ema" else None  # fmt: skip
 
-    # -- the loop ----------------------------------------------------------------------------------
-    teaching = denoiser.teacher() if job.consistency_weight else nullcontext(None)
-    started, seen = time.perf_counter(), 0
-    bar = tqdm(total=job.steps * order.step_size, initial=progress.step * order.step_size, desc=job.name, unit="img",
-               disable=None if accelerator.is_main_process else True)  # fmt: skip
-    with teaching as teacher, _stop_signals() as stop, bar, journal:
-        teacher = teacher.to(accelerator.device) if teacher is not None else None
+        # -- where it stands -----------------------------------------------------------------------
+        progress = Progress(environment=environment_of(accelerator))
+        resumed = checkpoints.latest(work) if main else None
+        if (after := from_main(accelerator, resumed.step if resumed else None)) is not None:
+            resumed = resumed or checkpoints.at(work, after)
+            progress = restore(resumed, accelerator, student, optimizer, ema, renewed, progress.environment)
+            log.info("%s: going on after step %d of %d", job.name, progress.step, job.steps)
+            del resumed
+        journal = Journal(folder, names, after=progress.step, board_every=max(1, runtime.logging_steps // 5),
+                          active=main)  # fmt: skip
+
+        def save_checkpoint() -> None:
+            if main:
+                journal.flush()
+                state = snapshot(accelerator, student, optimizer, ema, renewed, progress)
+                checkpoints.save(work, state, limit=runtime.checkpoints_total_limit)
+                drop_older_bests(work, progress)
+
+        # -- the loop ------------------------------------------------------------------------------
+        started, seen = time.perf_counter(), 0
+        bar = tqdm(total=job.steps * order.step_size, initial=progress.step * order.step_size, desc=job.name,
+                   unit="img", disable=None if main else True)  # fmt: skip
         batches = steps(
             images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=runtime.dataloader_num_workers
         )
-        for micro_batches in batches:
-            if _finished(progress, settings.early_stopping):
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = rate(progress.step)
-            losses = _gradients(accelerator, train_step, student, teacher, micro_batches)
-            norm = _update(accelerator, optimizer, parameters, losses, job, progress, names)
-            if ema is not None and not progress.skipped_in_a_row:
-                ema.step()
-            progress.step += 1
-            seen += order.step_size
-            bar.update(order.step_size)
-            journal.step(progress.step, losses, rate(progress.step - 1), norm)
-            last = progress.step == job.steps
+        with bar, journal:
+            for micro_batches in batches:
+                if _finished(progress, settings.early_stopping):
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(progress.step)
+                mine = _gradients(accelerator, train_step, student, teacher, micro_batches)
+                clipped = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                losses, norm, stopping = gathered(accelerator, mine, clipped, stop.is_set())
+                _update(accelerator, optimizer, losses, norm, job, progress, names)
+                if ema is not None and not progress.skipped_in_a_row:
+                    ema.step()
+                progress.step += 1
+                if renewed is not None:
+                    renewed.step(progress.step)
+                seen += order.step_size
+                bar.update(order.step_size)
+                journal.step(progress.step, losses, rate(progress.step - 1), norm)
+                last = progress.step == job.steps
 
-            if validation is not None and (progress.step % settings.validation_steps == 0 or last):
-                with ema.weights() if ema else nullcontext():
-                    _validate(validation, accelerator.unwrap_model(student), job, progress, journal, work)
-            if preview is not None and runtime.preview_steps and progress.step % runtime.preview_steps == 0:
-                with ema.weights() if ema else nullcontext():
-                    preview(accelerator.unwrap_model(student).eval(), folder / "previews" / f"{progress.step:08d}.png")
-                    student.train()
-            if bar.disable and (progress.step % runtime.logging_steps == 0 or last):
-                _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
-            if stop.is_set():  # in the last step too: the stages that follow must stop as well
-                save_checkpoint()
-                raise Interrupted(f"{job.name}: checkpoint written after step {progress.step} of {job.steps}")
-            if progress.step % runtime.checkpointing_steps == 0 or last:
-                save_checkpoint()
+                if validation is not None and (progress.step % settings.validation_steps == 0 or last):
+                    if main:
+                        with ema.weights() if ema else nullcontext():
+                            _validate(validation, unwrapped, job, progress, journal, work)
+                    progress.stale_validations = from_main(accelerator, progress.stale_validations)
+                if main and preview is not None and _every(runtime.preview_steps, progress.step):
+                    with ema.weights() if ema else nullcontext():
+                        preview(unwrapped.eval(), folder / "previews" / f"{progress.step:08d}.png")
+                        unwrapped.train()
+                if bar.disable and (progress.step % runtime.logging_steps == 0 or last):
+                    _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
+                if processes == 1 or last:  # in the last step too: the stages that follow must stop as well
+                    stopping = any_of(accelerator, stopping or stop.is_set())
+                if stopping:
+                    save_checkpoint()
+                    raise Interrupted(f"{job.name}: checkpoint written after step {progress.step} of {job.steps}")
+                if progress.step % runtime.checkpointing_steps == 0 or last:
+                    save_checkpoint()
 
     # -- what is left ------------------------------------------------------------------------------
     speed = seen / (time.perf_counter() - started)
     results = {"steps": progress.step, "updates": progress.updates, "images_per_second": round(speed, 1)}
-    return {
-        **results,
-        **write_result(denoiser, accelerator.unwrap_model(student), ema, progress, settings.keep, folder),
-    }
+    return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder)} if main else results
 
 
-def _accelerator(mixed_precision: str, device: str) -> Accelerator:
-    # One process trains several models, perhaps at several precisions, which accelerate's singleton would refuse.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    # `auto` means CUDA or the CPU, as it does for sampling; accelerate alone would take a Mac's GPU, without float64.
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
-    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision: fp16 needs a GPU (accelerate would quietly train in fp32); use bf16 or no")
-    return accelerator
-
-
-def _learning_rates(job: Job) -> Callable[[int], float]:
-    """The learning rate of each step as a pure function, so that there is nothing to resume."""
-    from diffusers.optimization import get_scheduler
-
-    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = get_scheduler(
-        job.settings.lr_scheduler,
-        dummy,
-        num_warmup_steps=job.settings.lr_warmup_steps,
-        num_training_steps=job.steps,
-    )
-    factor = schedule.lr_lambdas[0]
-    return lambda step: job.learning_rate * float(factor(step))
+def _component(denoiser: Denoiser, runtime: RuntimeSettings) -> nn.Module:
+    """The component that a student trains."""
+    if runtime.compile:
+        forget_compiled()
+    component = laid_out(denoiser.student(), runtime)
+    if runtime.gradient_checkpointing:
+        checkpoint_gradients(component)
+    return component
 
 
 def _gradients(
@@ -196,14 +207,13 @@ def _gradients(
 def _update(
     accelerator: Accelerator,
     optimizer: Any,
-    parameters: list[nn.Parameter],
     losses: list[StepLosses],
+    norm: float,
     job: Job,
     progress: Progress,
     names: list[str],
-) -> float:
-    """Clip and step, unless the loss or gradient is not finite; returns the gradient's norm before clipping."""
-    norm = float(accelerator.clip_grad_norm_(parameters, job.settings.max_grad_norm))
+) -> None:
+    """Step, unless the loss or the gradient (of `norm` before clipping) is not finite."""
     finite = math.isfinite(norm) and all(bool(torch.isfinite(part.loss).all()) for part in losses)
     if not finite and accelerator.scaler is None:
         raise MachineError(_not_finite(losses, norm, progress.step + 1, job.name, names))
@@ -216,7 +226,6 @@ def _update(
             f"{job.name}: {MOST_SKIPPED} updates in a row overflowed in fp16, the last at step {progress.step + 1}; "
             "use mixed_precision bf16 or no"
         )
-    return norm
 
 
 def _not_finite(losses: list[StepLosses], norm: float, step: int, name: str, names: list[str]) -> str:
@@ -247,6 +256,10 @@ def _validate(
         progress.stale_validations += 1
 
 
+def _every(count: int, step: int) -> bool:
+    return bool(count) and step % count == 0
+
+
 def _finished(progress: Progress, patience: int) -> bool:
     return bool(patience) and progress.stale_validations >= patience
 
@@ -257,29 +270,3 @@ def _say(job: Job, progress: Progress, losses: list[StepLosses], speed: float, s
     log.info(
         "%s: step %d/%d, loss %.4f, %.0f images/s, %.0f s left", job.name, progress.step, job.steps, loss, speed, left
     )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that the loop stops between steps; a second one kills as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    first = math.inf
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal first
-        if time.monotonic() > first + SAME_STOP:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        first = min(first, time.monotonic())
-        stop.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""Runs a graph's stages here: one after another, or in K processes pinned to devices. Run again is resume."""
+"""Runs a graph's stages here: one after another, or in K processes pinned to devices. Run again is resume.
+
+Under `accelerate launch` or `torchrun` the main process does so, and `together` calls the others into the trainings.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deme_diffusion import processes
 from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe, RuntimeSettings
-from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
+
+if TYPE_CHECKING:
+    from deme_diffusion.pipeline.together import Channel
 
 log = logging.getLogger(__name__)
 Finished = Callable[[Node, Artefact, bool], None]
@@ -29,8 +36,22 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
 
     Raises Interrupted when a signal stopped a stage that can go on, and whatever a stage raises.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # every process would wait for the lock that the first one holds
-        raise UserError("deme starts its own processes: run it plainly, with --jobs K, not under accelerate launch")
+    if graph.recipe.runtime.deterministic:  # before CUDA starts, here or in a worker
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if processes.count() == 1:
+        _run(graph, store, nodes, finished, None)
+        return
+    from deme_diffusion.pipeline import together
+
+    channel = together.joined(graph.recipe.runtime)
+    if not processes.is_main():
+        together.follow(channel, graph, store)
+        return
+    with channel.leading():
+        _run(graph, store, nodes, finished, channel)
+
+
+def _run(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, channel: Channel | None) -> None:
     waiting = []
     for node in nodes:
         artefact = store.find(node.key)
@@ -45,11 +66,11 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
     if jobs > 1:
         _run_in_processes(graph, store, shared, jobs, finished)
     else:
-        _run_here(graph, store, shared, finished)
-    _run_here(graph, store, alone, finished)
+        _run_here(graph, store, shared, finished, channel)
+    _run_here(graph, store, alone, finished, channel)
 
 
-def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished) -> None:
+def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, channel: Channel | None) -> None:
     if not nodes:
         return
     import torch
@@ -60,7 +81,8 @@ def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finis
     for node in nodes:
         torch.set_num_threads(threads_of(graph.recipe.runtime, alone=node.exclusive))
         log.info("%s", node.label)
-        finished(node, store.produce(node.key, stages.make(node)), False)
+        make = stages.make(node) if channel is None else channel.shared(node, stages.make(node))
+        finished(node, store.produce(node.key, make), False)
 
 
 def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: int, finished: Finished) -> None:
@@ -96,7 +118,7 @@ def threads_of(runtime: RuntimeSettings, *, alone: bool = False) -> int:
     """CPU threads of a process: by the recipe alone, not by how many stages are left, or last bits would differ."""
     wanted = runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or max(1, cores // (1 if alone else runtime.jobs))
+    return wanted or max(1, cores // (1 if alone else runtime.jobs * processes.on_this_machine()))
 
 
 def _parents_in(node: Node, missing: dict[str, Node], running: dict[Future[float], Node]) -> bool:

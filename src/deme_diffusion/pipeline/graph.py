@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deme_diffusion.artefacts import Key
 from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainSettings
-from deme_diffusion.data.sources import SplitName, data_digest
+from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
+from deme_diffusion.evaluation.samplers import check_sampler
+from deme_diffusion.merging.search import check_evaluations
+from deme_diffusion.pipeline import extractors, images
 from deme_diffusion.pipeline.inputs import (
     Input,
-    check_sampler,
     check_unseen,
     component_of,
     resolve,
     timesteps_of,
 )
-from deme_diffusion.pipeline.node import VERSIONS, Node, Served, StageName
+from deme_diffusion.pipeline.node import Node, Served, StageName, Vertices
 from deme_diffusion.report.cells import REAL_IMAGES
 
 
-class Graph:
+class Graph(Vertices):
     """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of."""
 
     def __init__(self, recipe: Recipe, *, download: bool = False) -> None:
+        super().__init__()
         self.recipe = recipe
-        self.nodes: list[Node] = []
-        self.data = Input("data", data_digest(recipe.data)[:16], None)
+        self.source = images.source_of(recipe.data, download=download)
+        self.images = images.identity(recipe.data, self.source)
+        self.data = self._data()
         self.base = self._base(download)
         self.extractor = self._extractor(download)
+        given = self.extractor if isinstance(self.extractor, Input) else None
+        self.published = extractors.published(recipe, given)
         self.division = make_division(recipe, self.base)
         samplers = {f"evaluate.samplers.{i}": sampler for i, sampler in enumerate(recipe.evaluate.samplers)}
         for key, sampler in {**samplers, "merge.sampler": recipe.merge.sampler}.items():
@@ -58,12 +62,17 @@ class Graph:
         seed: int | None,
         **options: Any,
     ) -> Node:
-        key = Key(stage, VERSIONS[stage], settings, {name: parent.digest for name, parent in parents.items()}, seed)
-        known = next((node for node in self.nodes if node.digest == key.digest and node.stage == stage), None)
-        if known is not None:
-            return known
-        self.nodes.append(Node(key, label, parents, **options))
-        return self.nodes[-1]
+        if "data" in parents and (seen := images.seen(self.recipe.data)):
+            settings = {**settings, "data": seen}
+        return super()._add(stage, label, settings, parents, seed, **options)
+
+    def _data(self) -> Node | Input:
+        """The embedded images as they are; all others are indexed first."""
+        settings = self.recipe.data
+        if settings.source == "digits":
+            return self.source
+        label = f"index of {self.source.label}"
+        return self._add("data", label, images.indexed(settings), {"source": self.source}, None)
 
     def _base(self, download: bool) -> Node | Input:
         model, settings = self.recipe.model, self.recipe.pretrain
@@ -72,20 +81,17 @@ class Graph:
             base = resolve(model.pretrained, model.revision, key=key, needs=needs, download=download)
             if base.path is not None:
                 component_of(base.path)
-            check_unseen(base, self.recipe.data, key=key)
+            check_unseen(base, self.recipe.data, self.images, key=key)
             return base
         covered = settings.changed() | _validated(self.recipe, settings)
         parents = {"data": self.data}
         return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
 
     def _extractor(self, download: bool) -> Node | Input:
-        settings = self.recipe.extractor
-        if settings.pretrained is not None:
-            needs = ("config.json", "extractor.safetensors")
-            extractor = resolve(settings.pretrained, None, key="extractor.pretrained", needs=needs, download=download)
-            check_unseen(extractor, self.recipe.data, key="extractor.pretrained")
-            return extractor
-        covered = {k: v for k, v in settings.changed().items() if k != "pretrained"}
+        if found := extractors.given(self.recipe.extractor, download=download):
+            check_unseen(found, self.recipe.data, self.images, key=extractors.KEY)
+            return found
+        covered = {k: v for k, v in self.recipe.extractor.changed().items() if k != "pretrained"}
         return self._add("extractor", "extractor", covered, {"data": self.data}, self.recipe.seeds[0])
 
     def _decouple(self, label: str, subset: Runs, steps: int, learning_rate: float, seed: int, copy: int = 0) -> Node:
@@ -168,6 +174,7 @@ class Graph:
         if merge.search == "none":
             given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
             return self._merge(label, experts, seed, given or [1.0 / len(experts)] * len(experts))
+        check_evaluations(len(experts), merge)
         search = self._search(label, experts, seed, merge)
         if label == "merged":
             self.searches[seed] = search
@@ -185,8 +192,9 @@ class Graph:
                 self.samples.setdefault((served.name, seed), node)
         if not served.parts:  # real training images, scored as if they had been generated
             features["real"] = self._features("training images", None, "train", settings.num_images)
-        covered: dict[str, Any] = {"neighbours": settings.neighbours}
+        covered: dict[str, Any] = {name: getattr(settings, name) for name in ("neighbours", "density_neighbours")}
         parents: dict[str, Node | Input] = {"reference": self._features("report split", None, "report"), **features}
+        parents |= {"published": self.published} if self.published else {}
         if served.parts:
             covered |= {"ranges": _served_ranges(self.division), "loss": settings.loss.changed()}
             parents |= {"data": self.data, **_model_parents(served, self.base)}
@@ -237,40 +245,15 @@ class Graph:
 
     @property
     def extractor_name(self) -> str:
-        """What a metric is named by: the extractor that is given, or `<source>-cnn` for one trained here."""
-        name = self.recipe.extractor.pretrained
-        return f"{self.recipe.data.source}-cnn" if name is None else Path(name.removeprefix("packaged:")).name
+        """What a metric is named by."""
+        return extractors.extractor_name(self.recipe)
 
     def pinned(self) -> Recipe:
-        """The recipe with a hub base pinned to the commit it was resolved to: what other processes must open."""
-        if isinstance(self.base, Node) or self.base.commit is None:
-            return self.recipe
-        model = self.recipe.model.model_copy(update={"revision": self.base.commit})
-        return self.recipe.model_copy(update={"model": model})
-
-    # -- asking ------------------------------------------------------------------------------------
-
-    def node(self, digest: str) -> Node:
-        """The stage of that digest."""
-        return next(node for node in self.nodes if node.digest == digest)
-
-    def needed(self, targets: Sequence[Node]) -> list[Node]:
-        """The targets and all they are made from, in an order that can be run."""
-        wanted: set[str] = set()
-
-        def visit(node: Node) -> None:
-            wanted.add(node.digest)
-            for parent in node.parents.values():
-                if isinstance(parent, Node) and parent.digest not in wanted:
-                    visit(parent)
-
-        for target in targets:
-            visit(target)
-        return [node for node in self.nodes if node.digest in wanted]
-
-    def of_stage(self, stage: str) -> Iterator[Node]:
-        """All stages of one name."""
-        return (node for node in self.nodes if node.stage == stage)
+        """The recipe with what is on the hub pinned to its commits: what other processes must open."""
+        parts = {"model": self.base, "extractor": self.extractor, "data": self.source}
+        commits = {name: part.commit for name, part in parts.items() if isinstance(part, Input) and part.commit}
+        pinned = {name: getattr(self.recipe, name).model_copy(update={"revision": c}) for name, c in commits.items()}
+        return self.recipe.model_copy(update=pinned)
 
 
 def make_division(recipe: Recipe, base: Node | Input) -> Division:

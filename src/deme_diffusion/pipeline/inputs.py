@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +12,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from deme_diffusion.config import DataSettings, SamplerSettings
+from deme_diffusion.config import DataSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
 
@@ -23,6 +21,8 @@ PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 COMPONENTS = ("unet", "transformer")
 SCHEDULER = "scheduler_config.json"
+CONVERT = "convert once: DDPMPipeline.from_pretrained(NAME, use_safetensors=False).save_pretrained(FOLDER)"
+NO_SIZE = "config.json has no sample_size; write the size of the images that it was trained on into it"
 TRAINED_ON = "trained_on.yaml"
 """Beside a model of ours: which share of which source it never saw; no part of its digest."""
 
@@ -65,7 +65,7 @@ def _find(name: str, revision: str | None, key: str, download: bool) -> Input:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Input(name, tree_digest(folder, PATTERNS)[:16], folder.resolve())
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not looks_like_hub_name(name):
         packaged = [f"{PREFIX}{p.name}" for p in ASSETS.iterdir() if p.is_dir()]
         raise UserError(f"{key}: {name!r} is no folder, no hub name (owner/name){nearest(name, packaged)}")
     return _from_hub(name, revision or "main", key, download)
@@ -82,7 +82,7 @@ def _packaged(name: str, key: str) -> Input:
 def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
     """A snapshot enters by its commit; without `download` only what the local cache knows is used."""
     if not download:
-        commit = _cached_commit(name, revision) or revision
+        commit = cached_commit(name, revision) or revision
         cached = _cache_of(name) / "snapshots" / commit
         digest = canonical_digest({"hub": name, "commit": commit})[:16]
         return Input(f"{name}@{commit[:8]}", digest, cached if cached.is_dir() else None, commit)
@@ -97,17 +97,28 @@ def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
     return Input(f"{name}@{commit[:8]}", canonical_digest({"hub": name, "commit": commit})[:16], path, commit)
 
 
-def _cached_commit(name: str, revision: str) -> str | None:
+def cached_commit(name: str, revision: str, kind: str = "models") -> str | None:
+    """The commit that a branch of a hub repository stood at when it was last fetched; None where it never was."""
     if len(revision) == 40:
         return revision
-    reference = _cache_of(name) / "refs" / revision
+    reference = _cache_of(name, kind) / "refs" / revision
     return reference.read_text().strip() if reference.is_file() else None
 
 
-def _cache_of(name: str) -> Path:
+def looks_like_hub_name(name: str) -> bool:
+    """`owner/name`, and no path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def is_cached(name: str, commit: str | None, kind: str = "models") -> bool:
+    """Whether some files of a hub repository at a commit are on this machine."""
+    return commit is not None and (_cache_of(name, kind) / "snapshots" / commit).is_dir()
+
+
+def _cache_of(name: str, kind: str = "models") -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
 
 
 def weight_bytes(file: Path) -> int:
@@ -119,23 +130,24 @@ def weight_bytes(file: Path) -> int:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch or make it again") from None
 
 
-def check_unseen(model: Input, data: DataSettings, *, key: str) -> None:
+def check_unseen(model: Input, data: DataSettings, images: str, *, key: str) -> None:
     """Raises UserError when the recipe's search and report splits hold images that the model was trained on."""
     file = model.path / TRAINED_ON if model.path else None
     if file is None or not file.is_file():
         return
     seen = yaml.safe_load(file.read_text())
     held_out = data.report_fraction + data.search_fraction
-    if seen["source"] == data.source and held_out > seen["held_out"] + 1e-9:
+    if seen["source"] == images and held_out > seen["held_out"] + 1e-9:
         raise UserError(
-            f"{key}: {model.label} was trained on all but {seen['held_out']:g} of {data.source}; the report and search "
-            f"splits take {held_out:g}, so they would hold its training images; lower them, or train it anew with null"
+            f"{key}: {model.label} was trained on all but {seen['held_out']:g} of {data.path or data.source}; the "
+            f"report and search splits take {held_out:g}, so they would hold its training images; lower them, or train "
+            "it anew with null"
         )
 
 
-def trained_on(data: DataSettings) -> str:
+def trained_on(data: DataSettings, images: str) -> str:
     """The content of `TRAINED_ON` for a model trained on the recipe's train split."""
-    return yaml.safe_dump({"source": data.source, "held_out": data.report_fraction + data.search_fraction})
+    return yaml.safe_dump({"source": images, "held_out": data.report_fraction + data.search_fraction})
 
 
 def component_of(base: Path) -> Path:
@@ -146,7 +158,7 @@ def component_of(base: Path) -> Path:
     if not any(folders[0].glob("*.safetensors")):
         others = sorted(f.name for f in folders[0].iterdir() if f.is_file() and f.suffix != ".json")
         instead = f", only {others[0]}, and pickles are never loaded" if others else ""
-        raise UserError(f"{folders[0]}: no safetensors{instead}")
+        raise UserError(f"{folders[0]}: no safetensors{instead}; {CONVERT}")
     return folders[0]
 
 
@@ -162,24 +174,6 @@ def timesteps_of(base: Input) -> int:
     if not isinstance(timesteps, int) or timesteps < 1:
         raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
     return timesteps
-
-
-def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> None:
-    """Raises UserError for a sampler that diffusers does not have, or more steps than the model's T."""
-    # KarrasDiffusionSchedulers lists those that exchange on one noise schedule. Read from its source: importing
-    # diffusers would import torch.
-    spec = importlib.util.find_spec("diffusers")
-    assert spec is not None and spec.origin is not None, "diffusers is a dependency"
-    exported = (Path(spec.origin).parent / "schedulers" / "scheduling_utils.py").read_text()
-    names = re.findall(r"^    (\w+Scheduler) = \d+$", exported, re.MULTILINE)
-    if sampler.name not in names:
-        raise UserError(
-            f"{key}: {sampler.name!r} is no sampler of diffusers for discrete schedules{nearest(sampler.name, names)}"
-        )
-    if sampler.num_inference_steps > num_timesteps:
-        raise UserError(
-            f"{key}: {sampler.num_inference_steps} steps of {sampler.name}, but the model has {num_timesteps} timesteps"
-        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The vertices of the stage graph: a stage with its key and inputs, and a model as it is served. No torch."""
+"""The vertices of the stage graph: a stage with its key and inputs, a model as it is served, all of them. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,17 +10,20 @@ from deme_diffusion.artefacts import Key
 from deme_diffusion.pipeline.inputs import Input
 
 METRICS, COSTS = "metrics.json", "cost.json"
-StageName = Literal["pretrain", "extractor", "decouple", "search", "merge", "sample", "features", "evaluate", "cost"]
+StageName = Literal[
+    "data", "pretrain", "extractor", "decouple", "search", "merge", "sample", "features", "evaluate", "cost"
+]
 
 VERSIONS: dict[StageName, int] = {
+    "data": 1,
     "pretrain": 1,
     "extractor": 1,
     "decouple": 1,
     "search": 1,
     "merge": 1,
     "sample": 1,
-    "features": 1,
-    "evaluate": 2,  # precision and recall: balls around distinct images only
+    "features": 2,  # logits too; the statistics of real images beside
+    "evaluate": 3,  # density, coverage, Inception score
     "cost": 2,
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
@@ -56,3 +59,48 @@ class Served:
     name: str
     parts: tuple[Node | Input, ...]
     ensemble: bool = False
+
+
+class Vertices:
+    """The stages in an order that can be run, each once: equal keys are one stage."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    def _add(
+        self,
+        stage: StageName,
+        label: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, Node | Input],
+        seed: int | None,
+        **options: Any,
+    ) -> Node:
+        key = Key(stage, VERSIONS[stage], settings, {name: parent.digest for name, parent in parents.items()}, seed)
+        known = next((node for node in self.nodes if node.digest == key.digest and node.stage == stage), None)
+        if known is not None:
+            return known
+        self.nodes.append(Node(key, label, parents, **options))
+        return self.nodes[-1]
+
+    def node(self, digest: str) -> Node:
+        """The stage of that digest."""
+        return next(node for node in self.nodes if node.digest == digest)
+
+    def needed(self, targets: Sequence[Node]) -> list[Node]:
+        """The targets and all they are made from, in an order that can be run."""
+        wanted: set[str] = set()
+
+        def visit(node: Node) -> None:
+            wanted.add(node.digest)
+            for parent in node.parents.values():
+                if isinstance(parent, Node) and parent.digest not in wanted:
+                    visit(parent)
+
+        for target in targets:
+            visit(target)
+        return [node for node in self.nodes if node.digest in wanted]
+
+    def of_stage(self, stage: str) -> Iterator[Node]:
+        """All stages of one name."""
+        return (node for node in self.nodes if node.stage == stage)

@@ -18,6 +18,7 @@ from deme_diffusion.pipeline.engine import run_stages
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import read_json
 from deme_diffusion.pipeline.node import Node
+from deme_diffusion.processes import is_main
 from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
 from deme_diffusion.report.card import model_card
@@ -47,18 +48,21 @@ class Run:
         self._prepare()
         nodes = self.graph.nodes if targets is None else self.graph.needed(targets)
         run_stages(self.graph, self.store, nodes, finished=self._finished)
-        self._link()
+        if is_main():
+            self._link()
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = self.folder / RESOLVED
         if resolved.exists():
-            there = load(str(self.folder)).recipe
+            there = load(str(self.folder), as_it_stands=True).recipe
             changed = _first_difference(
                 there.model_dump(mode="json", exclude={"runtime"}), self.recipe.model_dump(mode="json")
             )
             if changed:
                 raise UserError(f"{self.folder}: holds another recipe ({changed}); choose another folder with --out")
+        if not is_main():
+            return
         with suppress(UserError, KeyError, TypeError):  # what this command does not make keeps its seconds
             self.stages = self.recorded()
         write_text(resolved, to_yaml(self.recipe))
@@ -107,6 +111,8 @@ class Run:
     def report(self) -> tuple[list[Row], Verdict]:
         """Table (JSON, markdown, CSV), page and model card from what the stages left; computes nothing anew."""
         rows = table.rows(self.graph, self.store, self.graph.extractor_name)
+        if not is_main():
+            return rows, verdict(rows)
         write_table(rows, self.folder)
         content = self.content(rows)
         write_text(self.folder / "model_card.md", model_card(content))
@@ -144,7 +150,8 @@ class Run:
         weights |= {"merged": merged.results["weights"]} if merged else {}
         search = self.graph.searches.get(seed)
         found = read_json(self.store.folder(search.key) / "search.json") if search else None
-        return {"weights": weights, "search": found}
+        extra = (merged.results if merged else {}).get("projection")
+        return {"weights": weights, "search": found, **({"projection": extra} if extra else {})}
 
     def weights_found(self) -> list[str]:
         """A line for each search: its weights, and whether `merged` is then a merge at all."""

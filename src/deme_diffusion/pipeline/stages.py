@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from deme_diffusion.data.index import make_index
 from deme_diffusion.decoupling.step import Job
+from deme_diffusion.decoupling.switches import switched
 from deme_diffusion.decoupling.train import train
 from deme_diffusion.division import reported, whole
-from deme_diffusion.evaluation.extractor import load_extractor, train_extractor
+from deme_diffusion.evaluation.extractors.classifier import train_extractor
 from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective
 from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.files import append_jsonl, read_jsonl, write_bytes, write_json, write_text
@@ -24,6 +26,7 @@ from deme_diffusion.pipeline.inputs import TRAINED_ON, Input, trained_on
 from deme_diffusion.pipeline.measure import Measuring
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.workbench import ranges_of_node, seed_of_node
+from deme_diffusion.processes import is_main
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.rng import seed_of
@@ -39,7 +42,16 @@ class Stages(Measuring):
     def make(self, node: Node) -> Callable[[Path], Mapping[str, Any] | None]:
         """The function that fills a stage's folder."""
         stage: Callable[[Node, Path], Mapping[str, Any] | None] = getattr(self, f"_{node.stage}")
-        return lambda folder: stage(node, folder)
+
+        def made(folder: Path) -> Mapping[str, Any] | None:
+            with switched(self.recipe.runtime):
+                return stage(node, folder)
+
+        return made
+
+    def _data(self, node: Node, folder: Path) -> Mapping[str, Any]:
+        limit = self.recipe.runtime.cache_images_gb * 1e9
+        return make_index(self.recipe.data, folder, commit=self.graph.source.commit, limit=limit)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -54,10 +66,12 @@ class Stages(Measuring):
         everything = whole(denoiser.num_train_timesteps)
         job = Job("base", settings, everything, settings.total_steps, settings.learning_rate, seed)
         results = self._train(denoiser, job, folder)
+        if not is_main():
+            return results
         # Into the module made here, not one read from the folder: diffusers would write the folder's path into config.
         denoiser.module.load_state_dict(denoiser.component_from(folder).state_dict())
         DDPMPipeline(unet=denoiser.module, scheduler=denoiser.scheduler).save_pretrained(folder)
-        write_text(folder / TRAINED_ON, trained_on(self.recipe.data))
+        write_text(folder / TRAINED_ON, trained_on(self.recipe.data, self.graph.images))
         return results
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
@@ -73,6 +87,11 @@ class Stages(Measuring):
             global_prob=settings.global_prob,
             consistency_weight=settings.consistency_weight,
             projection=settings.projection,
+            timestep_sampling=settings.timestep_sampling,
+            antithetic=settings.antithetic,
+            teacher=settings.teacher,
+            teacher_update_steps=settings.teacher_update_steps,
+            teacher_dtype=settings.teacher_dtype,
         )
         return self._train(self.denoiser, job, folder)
 
@@ -98,8 +117,9 @@ class Stages(Measuring):
 
     def _extractor(self, node: Node, folder: Path) -> Mapping[str, Any]:
         train_split, search_split = self.splits["train"], self.splits["search"]
-        write_text(folder / TRAINED_ON, trained_on(self.recipe.data))
-        return train_extractor(train_split, search_split, self.recipe.extractor, seed=seed_of_node(node), out=folder)
+        write_text(folder / TRAINED_ON, trained_on(self.recipe.data, self.graph.images))
+        settings, seed = self.recipe.extractor, seed_of_node(node)
+        return train_extractor(train_split, search_split, settings, seed=seed, out=folder, device=self.device)
 
     # -- merging -----------------------------------------------------------------------------------
 
@@ -113,18 +133,16 @@ class Stages(Measuring):
             shell = self.component(self.graph.base)
 
             def materialise(weights: Sequence[float]) -> nn.Module:
-                shell.load_state_dict(merger.state(weights))
-                return shell
+                return merger.into(shell, weights)
 
             loaders = [lambda part=part: self.component(part) for part in _experts(node)]
             noise = self.fixed_noise("search", ranges_of_node(node))
             loss = FixedNoiseObjective(noise, self.denoiser.module, loaders, materialise)
-            extractor = load_extractor(self.folder(self.graph.extractor))
             metric = FrechetObjective(
                 self.denoiser,
                 materialise,
                 self.splits["search"],
-                extractor,
+                self.extractor,
                 settings.sampler,
                 seed,
                 settings.num_images,
@@ -152,9 +170,11 @@ class Stages(Measuring):
         with self._merger(node, node.arguments["method"]) as merger:
             base = self.folder(self.graph.base)
             write_pipeline(merger, weights, base, self.denoiser.component, folder, recipe=recipe)
+            if unfolded := list(merger.unfolded(weights)):  # stock diffusers does not read it: the cards must say so
+                found = {**found, "projection": {"component": self.denoiser.component, "places": unfolded}}
         # Runs that share this artefact have other recipes: a run's own card, with its table, is model_card.md.
         card = {"recipe": f"merge {node.digest}", "weights": {"merged": weights}, "base_model": self.graph.base.label}
-        write_text(folder / "README.md", model_card(card))
+        write_text(folder / "README.md", model_card({**card, "projection": found.get("projection")}))
         return {"weights": weights, **found}
 
     def weights_of(self, node: Node) -> tuple[list[float], dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import nn
 from deme_diffusion.artefacts import Store
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.data.splits import Split, load_splits
+from deme_diffusion.decoupling.switches import laid_out
 from deme_diffusion.division import from_runs
 from deme_diffusion.files import part_of
 from deme_diffusion.models import projection
@@ -19,6 +20,7 @@ from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.pipeline import images
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node, Served
@@ -37,25 +39,37 @@ class Workbench:
     @cached_property
     def splits(self) -> dict[SplitName, Split]:
         """The three splits."""
-        return load_splits(self.recipe.data)
+        data = self.graph.data
+        folder = self.folder(data) if isinstance(data, Node) else None
+        splits = load_splits(self.recipe.data, folder, self.graph.source.commit)
+        images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
+        return splits
+
+    @property
+    def _taken(self) -> tuple[int, ...]:
+        """(c, h, w) of what the base takes, be it made or still to be made."""
+        unet = self.recipe.pretrain.unet
+        made = isinstance(self.graph.base, Input)
+        return self.denoiser.sample_shape if made else (unet.in_channels, unet.sample_size, unet.sample_size)
 
     @cached_property
     def denoiser(self) -> Denoiser:
         """The base behind its family's interface, on the device that `runtime.device` names."""
         denoiser = family(self.recipe.model.family).load(self.folder(self.graph.base))
+        projection.refuse_beside(part_of(self.folder(self.graph.base), denoiser.component))
         denoiser.module.to(self.device).eval()
         return denoiser
 
     @property
     def device(self) -> torch.device:
-        """`auto`: CUDA where there is any."""
-        name = self.recipe.runtime.device
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        """Where this graph's models run."""
+        return device_of(self.recipe.runtime.device)
 
     def component(self, part: Node | Input) -> nn.Module:
-        """One model's component, its projections folded."""
+        """One model's component with its projections: folded where that is exact, attached where it is not."""
         module = self.denoiser.component_from(self.folder(part))
-        return projection.fold_into(module, self.component_folder(part)).to(self.device)
+        module = projection.fold_into(module, self.component_folder(part)).to(self.device)
+        return laid_out(module, self.recipe.runtime)
 
     def component_folder(self, part: Node | Input) -> Path:
         """Where a model's component lies."""
@@ -86,3 +100,8 @@ def ranges_of_node(node: Node) -> list[list[list[int]]]:
     ranges: Any = node.key.settings["ranges"]
     assert all(len(from_runs(runs)) for runs in ranges)
     return list(ranges)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `runtime.device` names; `auto` is CUDA where there is any."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

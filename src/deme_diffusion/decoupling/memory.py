@@ -1,0 +1,214 @@
+"""How much memory a training needs, reckoned before its first step, and whether there is as much."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deme_diffusion.config import RuntimeSettings, TrainSettings
+from deme_diffusion.decoupling.step import Job
+from deme_diffusion.decoupling.switches import checkpoint_gradients
+from deme_diffusion.errors import UserError
+from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.projection import Projected
+
+Breakdown = dict[str, int]
+"""Bytes by what they are for; `base` is there already when a training begins."""
+
+
+def estimate(
+    denoiser: Denoiser, job: Job, runtime: RuntimeSettings, device: torch.device, processes: int = 1
+) -> Breakdown:
+    """Peak bytes of one training on its device: base, weights, gradients, optimizer, ema, teacher, activations.
+
+    Activations are those that one forward at `train_batch_size` leaves for the backward pass, counted on tensors that
+    hold no numbers; what single operations need in passing (a convolution's workspace) is not in it.
+    """
+    settings = job.settings
+    with FakeTensorMode():
+        student = Projected(_fake(denoiser.module), job.projection).train()
+        weights, count = size_of(student), sum(p.numel() for p in student.parameters())
+        if settings.mixed_precision != "no" and device.type != "cpu":
+            _norms_in_float32(student)
+        activations = _activations(denoiser, student, settings)
+        if runtime.gradient_checkpointing:
+            activations = _activations_checkpointed(denoiser, student, settings)
+    averages = 0 if not settings.use_ema else 1 if not runtime.offload_ema else 2 if device.type == "cpu" else 0
+    return {
+        "base": 0 if _makes_way(job, device) else _resident(denoiser, device),
+        "weights": weights,
+        "gradients": weights * (2 if processes > 1 else 1),  # and the buckets in which they go round
+        "optimizer": 2 * (count if settings.use_8bit_adam else weights),
+        "ema": averages * weights,
+        "teacher": _teacher(denoiser, job, count),
+        "activations": activations,
+    }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    known = [value for value in (_available(), _left_in_group()) if value is not None]
+    return min(known) if known else None
+
+
+def check_memory(
+    denoiser: Denoiser, job: Job, runtime: RuntimeSettings, device: torch.device, processes: int = 1
+) -> Breakdown:
+    """The estimate. Raises UserError when less is free, saying what to lower."""
+    needed = estimate(denoiser, job, runtime, device, processes)
+    total, free = sum(needed.values()) - _resident(denoiser, device), free_memory(device)
+    if free is not None and total > free:
+        largest = sorted((kind for kind in needed if kind != "base"), key=lambda kind: -needed[kind])[:2]
+        raise UserError(
+            f"{job.name}: training needs about {_gb(total)} of memory on the {device.type} "
+            f"({', '.join(f'{kind} {_gb(needed[kind])}' for kind in largest)}, ...), but {_gb(free)} is free; "
+            f"lower {_advice(job, runtime, device)}"
+        )
+    return needed
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _resident(denoiser: Denoiser, device: torch.device) -> int:
+    """Bytes of the base where it lies on the device already."""
+    there = next(denoiser.module.parameters()).device.type == device.type
+    return size_of(denoiser.module) if there else 0
+
+
+def _makes_way(job: Job, device: torch.device) -> bool:
+    """Whether a teacher in half precision stands in for the base on a GPU (`Denoiser.teacher`)."""
+    halved = job.teacher == "frozen" and job.teacher_precision is not None
+    return halved and bool(job.consistency_weight) and device.type != "cpu"
+
+
+def _teacher(denoiser: Denoiser, job: Job, count: int) -> int:
+    """Bytes of a teacher that is not the base itself."""
+    if not job.consistency_weight or (job.teacher == "frozen" and job.teacher_precision is None):
+        return 0
+    held = count if job.teacher == "ema" else sum(p.numel() for p in denoiser.module.parameters())
+    return held * (job.teacher_precision or torch.float32).itemsize
+
+
+def _advice(job: Job, runtime: RuntimeSettings, device: torch.device) -> str:
+    """The settings that are left to change."""
+    batch = f"train_batch_size={job.settings.train_batch_size} (raising gradient_accumulation_steps as much)"
+    others = {
+        "runtime.gradient_checkpointing=true": not runtime.gradient_checkpointing,
+        "runtime.offload_ema=true": device.type != "cpu" and job.settings.use_ema and not runtime.offload_ema,
+        "teacher_dtype=bfloat16": bool(job.consistency_weight) and job.teacher_precision is None
+        and (device.type != "cpu" or job.teacher == "ema"),
+    }  # fmt: skip
+    left = [name for name, possible in others.items() if possible]
+    return batch + (f", or set {', '.join(left)}" if left else "")
+
+
+def _fake(module: nn.Module) -> nn.Module:
+    """A student's copy whose tensors have shapes but no memory: on a CPU, since a GPU's need a GPU for it."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dtype = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype)
+        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def _norms_in_float32(module: nn.Module) -> None:
+    """As a GPU's autocast runs them, and a CPU's does not."""
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def _activations(
+    denoiser: Denoiser, student: Projected, settings: TrainSettings, parts: list[int] | None = None
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass; into `parts`, what each part adds of its own."""
+    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.mixed_precision != "no")
+    with _counting(student, parts if parts is not None else []) as stored, half:
+        wide = next(student.parameters()).dtype
+        x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=wide)
+        t = torch.zeros(settings.train_batch_size, dtype=torch.long)
+        loss = (denoiser.predict(student, x, t, {}) - x).square().mean()  # holds on to the graph while it is counted
+        assert loss.requires_grad
+        return sum(stored.values())
+
+
+def _activations_checkpointed(denoiser: Denoiser, student: Projected, settings: TrainSettings) -> int:
+    """Those at the borders of the parts that are computed anew, and all of the largest part's."""
+    parts = list[int]()
+    _activations(denoiser, student, settings, parts)
+    checkpoint_gradients(student.component)
+    return _activations(denoiser, student, settings) + max(parts, default=0)
+
+
+@contextmanager
+def _counting(module: nn.Module, parts: list[int]) -> Iterator[dict[int, int]]:
+    """Bytes by storage that autograd saves, parameters apart; and for each part that can be checkpointed, its own."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    stored: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # or another tensor's storage would get the same address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            stored[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    def enter(part: nn.Module, *_: Any) -> None:
+        parts.append(-sum(stored.values()))
+
+    def leave(part: nn.Module, *_: Any) -> None:
+        parts[-1] += sum(stored.values())
+
+    able = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+    able = [part for part in able if not any(inner in able for inner in list(part.modules())[1:])]
+    hooks = [h for p in able for h in (p.register_forward_pre_hook(enter), p.register_forward_hook(leave))]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield stored
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _available() -> int | None:
+    """MemAvailable of Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _left_in_group() -> int | None:
+    """What a container's limit leaves (cgroup v2, or v1); file caches do not count, since they give way."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            most, now = int((root / limit).read_text()), int((root / used).read_text())  # `max`: no limit, no number
+            stat = dict(line.split() for line in (root / cache).read_text().splitlines())
+            return most - now + int(stat.get("inactive_file", 0))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2g} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
