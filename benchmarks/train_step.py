@@ -1,11 +1,13 @@
 """What an expert's step costs inside the real loop: against the sum of its parts, and a plain diffusers loop.
 
     python benchmarks/train_step.py [RECIPE] [KEY=VALUE ...] [--steps 60] [--repeats 3] [--devices cpu,cuda]
+        [--workers 0,1,2] [--jpegs 512]
 
 A step is timed inside `decoupling.train.train`, from one call of its `combine` to the next, so it holds everything:
 data, augmentation, noise, losses, clipping, optimizer, EMA and the journal. Rows: each device that is there, with and
-without torch.compile. `waiting` is the share of a step in which the loop waits for its batch; without loader workers
-the batch is made in that time, on the step's own core. Medians over repeats are printed with their range.
+without torch.compile, with so many loader workers. `waiting` is the share of a step in which the loop waits for its
+batch; without loader workers the batch is made in that time, on the step's own core. `--jpegs N` takes a folder of
+N JPEGs, decoded anew at every step, in place of the recipe's images. Medians over repeats are printed with their range.
 """
 
 from __future__ import annotations
@@ -18,16 +20,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import nn
 
-from deme_diffusion.config import Recipe, RuntimeSettings
+from deme_diffusion.artefacts import Store
+from deme_diffusion.config import DataSettings, Recipe, RuntimeSettings
 from deme_diffusion.data.loading import Order, steps
-from deme_diffusion.data.splits import Split, load_splits
+from deme_diffusion.data.splits import Split
 from deme_diffusion.decoupling import train as training
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.memory import estimate
@@ -35,13 +42,14 @@ from deme_diffusion.decoupling.setup import make_optimizer
 from deme_diffusion.decoupling.step import Job, total
 from deme_diffusion.decoupling.switches import laid_out, switched
 from deme_diffusion.decoupling.train import train
-from deme_diffusion.division import uniform
 from deme_diffusion.errors import MachineError
+from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.families import family
 from deme_diffusion.models.projection import Projected
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.stages import Stages, job_of
 from deme_diffusion.recipes import load
 
 WARM_UP = 5
@@ -228,50 +236,89 @@ def row(name: str, results: list[Seconds], batch: int, reckoned: int) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def job_of(recipe: Recipe, denoiser: Denoiser, count: int) -> Job:
-    """The recipe's first expert."""
-    settings = recipe.decouple
-    subset = uniform(settings.num_ranges, denoiser.num_train_timesteps).subset(0)
-    return Job("expert", settings, subset, count, settings.learning_rate, 0, settings.global_prob,
-               settings.consistency_weight, settings.projection, teacher_dtype=settings.teacher_dtype)  # fmt: skip
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[tuple[Denoiser, Split, Job]]:
+    """The base, the train split and the first expert as a run has them; images are indexed in a temporary store."""
+    graph = Graph(recipe, download=True)
+    with tempfile.TemporaryDirectory() as folder:
+        stages = Stages(graph, Store(Path(folder)))
+        if isinstance(graph.data, Node):
+            stages.store.produce(graph.data.key, stages.make(graph.data))
+        if isinstance(graph.base, Node):  # untrained, which takes as long
+            stages.denoiser = DDPM.from_scratch(recipe.pretrain, out_seed=0)
+        yield stages.denoiser, stages.splits["train"], job_of(recipe, graph.experts[recipe.seeds[0]][0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="digits", help="one with a pretrained model that is here")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as decouple.train_batch_size=64")
-    parser.add_argument("--steps", type=int, default=60, help="steps a repeat")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--devices", default="cpu,cuda", help="those that are there are measured")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the rows with torch.compile")
-    options = parser.parse_args()
+def on_jpegs(recipe: Recipe, count: int, folder: Path) -> Recipe:
+    """The recipe on a folder of JPEGs of 96 x 96, decoded and resized to the base's size at every step."""
+    draw = np.random.default_rng(0)
+    for i in range(count):  # smooth, as photographs are: noise takes longer to decode
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        coarse.resize((96, 96), Image.Resampling.BICUBIC).save(folder / f"{i:05}.jpg", quality=90)
+    channels, height, width = opened_shape(recipe)
+    assert height == width, "a base for square images is expected"
+    mode = {1: "L", 3: "RGB"}[channels]
+    data = DataSettings(source="folder", path=str(folder), mode=mode, resolution=height)
+    extractor = recipe.extractor.model_copy(update={"pretrained": None})
+    runtime = recipe.runtime.model_copy(update={"cache_images_gb": 0.0})
+    return recipe.model_copy(update={"data": data, "extractor": extractor, "runtime": runtime})
 
-    recipe = load(options.recipe, options.overrides).recipe
+
+def opened_shape(recipe: Recipe) -> tuple[int, ...]:
+    """(c, h, w) of the base."""
     base = Graph(recipe, download=True).base
-    assert isinstance(base, Input), "a recipe with a pretrained model is expected"
-    denoiser, split = family(recipe.model.family).load(base.folder), load_splits(recipe.data)["train"]
-    job = job_of(recipe, denoiser, options.steps)
-    batch = job.settings.train_batch_size
-    count = sum(p.numel() for p in denoiser.module.parameters())
-    print(f"{options.recipe}: {count:,} parameters, batch {batch}, {torch.get_num_threads()} threads, "
-          f"{recipe.runtime.dataloader_num_workers} loader workers, torch {torch.__version__}")  # fmt: skip
-    print("| device | images/s | ms a step | / its parts | teacher % | waiting % | peak MB | reckoned MB "
-          "| ms a plain step |\n|" + " --- |" * 9)  # fmt: skip
+    if isinstance(base, Node):
+        return DDPM.from_scratch(recipe.pretrain, out_seed=0).sample_shape
+    return family(recipe.model.family).load(base.folder).sample_shape
+
+
+def rows(recipe: Recipe, options: argparse.Namespace, denoiser: Denoiser, split: Split, job: Job) -> Iterator[str]:
+    """The table's rows: devices, compiled or not, loader workers."""
     for device in options.devices.split(","):
         if device == "cuda" and not torch.cuda.is_available():
-            print("| cuda | none here |")
+            yield "| cuda | none here |"
             continue
-        for compiled in (False, True)[: 1 if options.no_compile else 2]:
-            changes = {"device": device, "compile": compiled, "checkpointing_steps": 10**9, "logging_steps": 10**9}
+        workers = [int(count) for count in options.workers.split(",")] if options.workers else \
+            [recipe.runtime.dataloader_num_workers]  # fmt: skip
+        for compiled, count in itertools.product((False, True)[: 1 if options.no_compile else 2], workers):
+            changes = {"device": device, "compile": compiled, "dataloader_num_workers": count,
+                       "checkpointing_steps": 10**9, "logging_steps": 10**9}  # fmt: skip
             runtime = recipe.runtime.model_copy(update=changes)
-            name = f"{device}{', compiled' * compiled}"
+            name = f"{device}{', compiled' * compiled}, {count} workers"
             reckoned = estimate(denoiser, job, runtime, torch.device(device))
             try:
                 results = measured(denoiser, split, job, runtime, options.repeats)
             except MachineError as error:  # where torch compiles it wrongly, say
-                print(f"| {name} | {error} |")
+                yield f"| {name} | {error} |"
                 continue
-            print(row(name, results, batch, sum(reckoned.values()) - reckoned["base"]), flush=True)
+            yield row(name, results, job.settings.train_batch_size, sum(reckoned.values()) - reckoned["base"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="digits")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as decouple.train_batch_size=64")
+    parser.add_argument("--steps", type=int, default=60, help="steps a repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", default="cpu,cuda", help="those that are there are measured")
+    parser.add_argument("--workers", default="", help="as 0,1,2: loader workers, a row each; else as the recipe says")
+    parser.add_argument("--jpegs", type=int, default=0, metavar="N", help="N JPEGs made here, instead of its own data")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the rows with torch.compile")
+    options = parser.parse_intermixed_args()
+
+    recipe = load(options.recipe, options.overrides).recipe
+    with tempfile.TemporaryDirectory() as folder:
+        if options.jpegs:
+            recipe = on_jpegs(recipe, options.jpegs, Path(folder))
+        with opened(recipe) as (denoiser, split, first):
+            job = replace(first, steps=options.steps)
+            count = sum(p.numel() for p in denoiser.module.parameters())
+            print(f"{options.recipe}: {count:,} parameters, batch {job.settings.train_batch_size}, "
+                  f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+            print("| device | images/s | ms a step | / its parts | teacher % | waiting % | peak MB | reckoned MB "
+                  "| ms a plain step |\n|" + " --- |" * 9)  # fmt: skip
+            for line in rows(recipe, options, denoiser, split, job):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

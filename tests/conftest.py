@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from deme_diffusion.config import DataSettings, PretrainSettings, Recipe
 from deme_diffusion.data.splits import Split, SplitName, load_splits
+from deme_diffusion.evaluation.extractors.classifier import CONFIG, WEIGHTS, SmallClassifier
+from deme_diffusion.files import write_json
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.recipes.checks import parse
-from deme_diffusion.weights import WEIGHTS_NAME, State
+from deme_diffusion.weights import WEIGHTS_NAME, State, save_state
 
 T = 20
 
@@ -109,6 +111,15 @@ def pico_values(pico_pipeline: Path) -> dict[str, Any]:
 def pico_recipe(pico_values: dict[str, Any]) -> Recipe:
     """The pico recipe, checked."""
     return parse(pico_values, where="pico")
+
+
+def save_classifier(folder: Path, *, channels: int) -> Path:
+    """An extractor's folder with an untrained classifier of 8x8 images in it."""
+    model = SmallClassifier(channels, 4, 8, 2, size=(8, 8))
+    folder.mkdir()
+    save_state(folder / WEIGHTS, model.state_dict())
+    write_json(folder / CONFIG, {"class": "SmallClassifier", **model.config})
+    return folder
 
 
 @pytest.fixture(scope="session")

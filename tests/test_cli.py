@@ -226,6 +226,32 @@ def test_wrong_input_is_one_line_and_starts_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("command", "change", "said"),
+    [
+        ("pretrain", "model.pretrained=packaged:digits-base", "model.pretrained=packaged:digits-base leaves no base"),
+        ("extractor", "extractor.kind=inception", "extractor.kind=inception is never trained; only a classifier is"),
+        ("extractor", "extractor.pretrained=packaged:digits-cnn", "extractor.pretrained=packaged:digits-cnn leaves no"),
+        ("search", "merge.search=none", "merge.search=none leaves no weights to search"),
+        ("merge", "merge.method=none", "merge.method=none leaves nothing to merge"),
+    ],
+)
+def test_commands_with_nothing_to_make_say_so(deme: Deme, tmp_path: Path, command: str, change: str, said: str) -> None:
+    assert deme(command, "digits", change).refusal.startswith(f"deme {command}: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    deme: Deme, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words in (["run", "digits"], ["sample", base, "--images", "images"], ["sample", "digits", "--model", "base"]):
+        seeds = ["--seeds", "0"] if words[0] == "sample" else []
+        said = deme("-q", *words, *seeds, "runtime.device=cuda", "runtime.jobs=1").refusal
+        assert said.startswith("runtime.device: cuda, but torch ")
+    assert not (tmp_path / "images").exists()
+
+
 @pytest.mark.parametrize("share", ["data.report_fraction=0.4", "data.search_fraction=0.3"])
 def test_packaged_models_are_refused_where_a_split_holds_their_training_images(deme: Deme, share: str) -> None:
     said = deme("run", "digits", share, "--dry-run").refusal
@@ -516,7 +542,8 @@ def test_dry_run_of_images_checks_them_and_samples_nothing(deme: Deme, copied: P
         (["--seeds", "0", "--format", "pgn"], "Invalid value for '--format': "),
         (["--seeds", "0", "--images", "file"], "--images file: a file, where a folder is needed"),
         (["--seeds", "0", "--images", "."], "--images .: holds files that are not ours; give a new or empty folder"),
-        (["--seeds", "0", "--sampler", "DDIM"], "--sampler: 'DDIM' is no sampler of diffusers"),
+        (["--seeds", "0", "--sampler", "DDIM"], "--sampler: 'DDIM' is no sampler of diffusers for discrete schedules; "
+                                                "did you mean 'DDIMScheduler'?"),
         (["--seeds", "0", "--sampler", "DDPMScheduler", "--eta", "1"], "--sampler: DDPMScheduler has no eta"),
         (["--seeds", "0", "--eta", "1.5"], "Invalid value for '--eta': "),
         (["--sampler", "DDPMScheduler"], "--sampler: it is for --seeds or --images"),
@@ -530,6 +557,12 @@ def test_wrong_requests_for_images_are_one_line_and_write_nothing(
     (tmp_path / "file").write_text("")
     assert deme("sample", "digits", *words).refusal.startswith(said)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_images_of_a_model_that_cannot_be_opened_leave_nothing(deme: Deme, base: Path, tmp_path: Path) -> None:
+    cut_short(base)
+    assert "not a whole safetensors file" in deme("sample", base, "--seeds", "0", "--images", "images").refusal
+    assert not (tmp_path / "images").exists()
 
 
 # clean

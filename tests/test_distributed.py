@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,12 @@ import torch
 import yaml
 
 from conftest import make_pico_values
+from deme_diffusion.artefacts import Store
+from deme_diffusion.errors import UserError
 from deme_diffusion.files import read_jsonl
+from deme_diffusion.pipeline.engine import run_stages
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.recipes.checks import parse
 from deme_diffusion.weights import WEIGHTS_NAME, load_state
 
 HERE = Path(__file__).parent
@@ -195,3 +201,19 @@ def test_torchrun_itself(place: Path, said: dict[str, list[dict[str, Any]]]) -> 
     assert done.stdout.count("expert 0") == 1
     kept = f"unet/{WEIGHTS_NAME}"
     assert (artefact(place, "torchrun") / kept).read_bytes() == (artefact(place, "whole") / kept).read_bytes()
+
+
+# --- runtime.jobs -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_process_cannot_open_is_told_as_it_is(
+    tmp_path: Path, pico_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as a process that died."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    base = Path(shutil.copytree(pico_pipeline, tmp_path / "base"))
+    values = make_pico_values(base)
+    graph = Graph(parse({**values, "runtime": {**values["runtime"], "jobs": 2}}, where="pico"), download=True)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="base"):
+        run_stages(graph, Store(tmp_path / "store"), graph.experts[0], finished=lambda *_: None)

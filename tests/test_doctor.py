@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import save_classifier
 from deme_diffusion.cli import main
 from deme_diffusion.config import Recipe
 from deme_diffusion.doctor import Finding, environment, examine, needs
@@ -30,12 +31,13 @@ def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Forty grey 8x8 images, three of which cannot be read."""
+    """Forty grey 8x8 images of two classes, three of which cannot be read."""
     folder, draw = tmp_path / "pictures", np.random.Generator(np.random.Philox(0))
-    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
     for i in range(40):
-        Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    for name in ("05.png", "17.png", "30.png"):
+        Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "ab"[i // 20] / f"{i:02}.png")
+    for name in ("a/05.png", "a/17.png", "b/30.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:40])
     return folder
 
@@ -84,7 +86,7 @@ def test_images_are_counted_and_the_unreadable_named(
     assert found["data"].text == f"40 images in {pictures}"
     assert found["unreadable"].status == "warning"
     assert found["unreadable"].text == "3 images (7.50%) would be skipped"
-    assert [line.split(":")[1].strip() for line in found["unreadable"].details] == ["05.png", "17.png", "30.png"]
+    assert [line.split(":")[1].strip() for line in found["unreadable"].details] == ["a/05.png", "a/17.png", "b/30.png"]
     assert found["sizes"].text == "8x8 (37)"
     assert found["modes"].text == "L (37)"
     assert found["model"].status == "ok"
@@ -115,7 +117,7 @@ def test_images_that_do_not_fit_the_model_are_a_problem(
 def test_an_empty_split_is_a_problem(pico_values: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
     found = examined(on_pictures(pico_values, pictures, search_fraction=0.0), tmp_path / "run")
     assert found["splits"].status == "problem"
-    assert "the search split is empty; see data.*_fraction" in found["splits"].text
+    assert "the search split holds 0 images, and scores need 2" in found["splits"].text
 
 
 def test_the_index_of_a_run_is_not_made_again(
@@ -148,8 +150,39 @@ def test_settings_ask_for_their_packages(pico_recipe: Recipe, monkeypatch: pytes
     monkeypatch.setattr(environment, "_version", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = {f.topic: f for f in environment.wanted(pico_recipe.model_copy(update={"decouple": decouple}))}
-    assert "deme-diffusion[8bit]" in found["bitsandbytes"].text
+    assert "deme-diffusion[8bit]" in found["decouple.use_8bit_adam"].text
     assert found["decouple.mixed_precision"].status == "problem"
+    assert found["decouple.mixed_precision"].text.startswith("fp16 needs a GPU")
+    on_gpu = pico_recipe.runtime.model_copy(update={"device": "cuda"})
+    (lacking,) = environment.wanted(pico_recipe.model_copy(update={"runtime": on_gpu}))
+    assert (lacking.status, lacking.topic) == ("problem", "runtime.device")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_labels_that_a_classifier_would_lack_are_counted(
+    pico_values: dict[str, Any], pictures: Path, tmp_path: Path, indexed: bool
+) -> None:
+    recipes = [on_pictures(pico_values, folder) for folder in (pictures, pictures / "a")]
+    for recipe in recipes if indexed else ():
+        run = open_run(Loaded(recipe, {}), out=tmp_path / "run")
+        run.execute(list(run.graph.of_stage("data")))
+        (tmp_path / "run" / "recipe.yaml").unlink()
+    found = [examined(recipe, tmp_path / "run")["labels"] for recipe in recipes]
+    assert (found[0].status, found[0].text) == ("ok", "all 37 images have one, for the classifier to learn")
+    assert found[1].status == "problem"
+    assert "pictures/a: the images have no labels, and the extractor is a classifier" in found[1].text
+
+
+def test_the_extractor_is_asked_about_an_image(pico_values: dict[str, Any], tmp_path: Path) -> None:
+    found = examined(parse(pico_values, where="pico"), tmp_path / "run")
+    assert found["extractor"].text == "packaged:digits-cnn takes the images: 64 features"
+    colour = save_classifier(tmp_path / "colour", channels=3)
+    found = examined(parse({**pico_values, "extractor": {"pretrained": str(colour)}}, where="pico"), tmp_path / "run")
+    assert found["extractor"].status == "ok", "grey images are repeated"
+    torn = save_classifier(tmp_path / "torn", channels=3)
+    (torn / "config.json").write_text("{}")
+    found = examined(parse({**pico_values, "extractor": {"pretrained": str(torn)}}, where="pico"), tmp_path / "run")
+    assert "config.json is not that of a SmallClassifier" in found["extractor"].text
 
 
 def test_the_command_prints_a_line_a_check_and_exits_with_2_at_a_problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_models_that_see_nothing_are_refused(tmp_path: Path, dino: Path) -> None
         extractors.given(settings, download=True)
     with pytest.raises(UserError, match="no vision model of transformers") as told:
         load_extractor(bert, "transformers")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("config.json", {"patch_size": 0}, r"weights cannot be loaded \(a size or a count in it is 0\)"),
+        ("config.json", {"hidden_size": 24}, r"\d+ weights of its model are missing, or of another shape, as "),
+        ("config.json", {"num_hidden_layers": 9}, r"\d+ weights of its model are missing, or of another shape, as "),
+        ("preprocessor_config.json", {"image_processor_type": "None"}, "its preprocessor_config.json cannot be used"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "as its preprocessor_config.json makes it .*3 elements"),
+    ],
+)
+def test_broken_folders_say_what_is_broken(tmp_path: Path, dino: Path, file: str, values: Values, said: str) -> None:
+    broken = Path(shutil.copytree(dino, tmp_path / "broken"))
+    (broken / file).write_text(json.dumps({**json.loads((broken / file).read_text()), **values}))
+    with pytest.raises(UserError, match=f"broken: no vision model of transformers: .*{said}") as told:
+        load_extractor(broken, "transformers")
     assert "\n" not in str(told.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import make_pico_denoiser
-from deme_diffusion.config import DataSettings, DecoupleSettings, RuntimeSettings
+from deme_diffusion.config import DataSettings, DecoupleSettings, PretrainSettings, RuntimeSettings
 from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.decoupling import memory
 from deme_diffusion.decoupling.memory import Breakdown, estimate, free_memory
@@ -74,6 +74,37 @@ def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(digits_model: DDP
     needed = reckoned(digits_model, expert, gradient_checkpointing=checkpointing)
     measured = peak_of_a_step(digits_model, expert, checkpointing=checkpointing)
     assert 0.75 < (sum(needed.values()) - needed["base"]) / measured < 1.25
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("kind", ["DownBlock2D", "AttnDownBlock2D"])
+def test_checkpointing_is_reckoned_by_what_diffusers_computes_anew(layers: int, kind: str) -> None:
+    """A residual block at a time, however many a block has; never an attention."""
+    up = kind.replace("Down", "Up")
+    unet = {"sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": layers,
+            "down_block_types": ("DownBlock2D", kind), "up_block_types": (up, "UpBlock2D")}  # fmt: skip
+    denoiser = DDPM.from_scratch(PretrainSettings.model_validate({"unet": unet}), out_seed=0)
+    needed = reckoned(denoiser, job(16), gradient_checkpointing=True)
+    measured = peak_of_a_step(denoiser, job(16), checkpointing=True)
+    assert 0.85 < (sum(needed.values()) - needed["base"]) / measured < 1.15
+
+
+def test_the_doctor_reckons_as_the_check_before_a_training(pico_values: dict[str, Any], tmp_path: Path) -> None:
+    from deme_diffusion.doctor.needs import training_memory
+    from deme_diffusion.pipeline.run import open_run
+    from deme_diffusion.pipeline.stages import job_of
+    from deme_diffusion.recipes import Loaded
+    from deme_diffusion.recipes.checks import parse
+
+    run = open_run(Loaded(parse(pico_values, where="pico"), {}), out=tmp_path / "run", download=False)
+    needed = reckoned(make_pico_denoiser(), job_of(run.recipe, run.graph.experts[0][0]))
+    assert training_memory(run, CPU) == sum(needed.values())
+    assert training_memory(run, torch.device("cuda")) is not None  # where there is none, too
+
+    pretrain = {"unet": {"block_out_channels": (8, 16)}, "scheduler": {"num_train_timesteps": 20}}
+    values = {**pico_values, "model": {"pretrained": None}, "pretrain": pretrain}
+    larger = open_run(Loaded(parse(values, where="pico"), {}), out=tmp_path / "other", download=False)
+    assert (training_memory(larger, CPU) or 0) > sum(needed.values())
 
 
 def test_activations_grow_with_the_batch_and_shrink_by_checkpointing_and_half_precision(digits_model: DDPM) -> None:

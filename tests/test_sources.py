@@ -86,7 +86,7 @@ def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     settings = on("folder", folder)
     assert len(content_digest(settings)) == 64
     problems = [row.problem for row in scan(Table(settings), settings)]
-    assert sorted(problems) == ["", "", "1.png: No such file or directory"]
+    assert sorted(problems) == ["", "", "d/1.png: No such file or directory"]
 
 
 @pytest.mark.parametrize("labels", [[3, 1], ["dog", "cat"]])
@@ -209,10 +209,12 @@ def test_a_broken_parquet_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_max_images_are_the_first_ones(tmp_path: Path) -> None:
+def test_max_images_are_a_fixed_choice_that_does_not_follow_the_order_of_the_files(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", noise(0, 6), rows=2, label=list(range(6)))
     settings = on("parquet", tmp_path, max_images=3)
-    assert [label for _, label in rows(settings)] == [0, 1, 2]
+    chosen = [label for _, label in rows(settings)]
+    assert chosen == [label for _, label in rows(settings)] == sorted(set(chosen))
+    assert chosen != [0, 1, 2]
     assert len(Table(settings)) == 3
     assert len(Table(on("parquet", tmp_path, max_images=9))) == 6
 
@@ -261,8 +263,8 @@ def pictures() -> Any:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_data_set_is_read_at_its_commit(hub: Any, pictures: Any, streaming: bool) -> None:
     calls = hub(pictures)
-    settings = on("hub", "owner/name", subset="big", split="train+test", streaming=streaming, max_images=4)
-    assert rows(settings, "c" * 40) == [(encoded(image), i) for i, image in enumerate(noise(0, 4))]
+    settings = on("hub", "owner/name", subset="big", split="train+test", streaming=streaming, max_images=5)
+    assert rows(settings, "c" * 40) == [(encoded(image), i) for i, image in enumerate(noise(0, 5))]
     options = {"split": "train+test", "revision": "c" * 40, "streaming": streaming}
     assert calls == [("owner/name", "big", options)]
 

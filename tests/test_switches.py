@@ -22,9 +22,18 @@ from deme_diffusion.decoupling.checkpoint import flatten_optimizer, restore_opti
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.setup import make_optimizer
 from deme_diffusion.decoupling.step import Job
-from deme_diffusion.decoupling.switches import check_compiled, checkpoint_gradients, laid_out, switched
+from deme_diffusion.decoupling.switches import (
+    SCALES,
+    check_compiled,
+    checkpoint_gradients,
+    forget_compiled,
+    gradients,
+    laid_out,
+    switched,
+)
 from deme_diffusion.decoupling.train import train
 from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.evaluation.extractors.classifier import quarter_means
 from deme_diffusion.files import read_jsonl
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.projection import Projected
@@ -69,13 +78,14 @@ def switches() -> tuple[bool, ...]:
 @pytest.mark.parametrize(
     "options, tf32, expected",
     [
-        ({}, False, (True, False, True, False, False)),
-        ({"deterministic": True}, False, (False, True, True, False, True)),
+        ({}, None, (True, False, True, False, False)),
+        ({}, False, (True, False, False, False, False)),
+        ({"deterministic": True}, None, (False, True, True, False, True)),
         ({}, True, (True, False, True, True, False)),
     ],
 )
 def test_switches_are_set_inside_and_as_before_outside(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tf32: bool, expected: tuple[bool, ...]
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tf32: bool | None, expected: tuple[bool, ...]
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = switches()
@@ -84,6 +94,43 @@ def test_switches_are_set_inside_and_as_before_outside(
         raise ZeroDivisionError
     assert switches() == before
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own
+
+
+def precisions() -> list[str]:
+    """By torch's newer names."""
+    cudnn = torch.backends.cudnn
+    parts: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+    return [part.fp32_precision for part in parts]
+
+
+def _set_precisions(values: list[str]) -> None:
+    cudnn = torch.backends.cudnn
+    parts: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+    for part, value in zip(parts, values, strict=True):
+        part.fp32_precision = value
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has only flags")
+@pytest.mark.parametrize("tf32, inside", [(None, None), (True, ["tf32"] * 3), (False, ["ieee"] * 3)])
+@pytest.mark.parametrize("name", ["cuda.matmul", "cudnn.conv", "cudnn.rnn", ""])
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_switches_by_their_newer_names_are_obeyed_and_as_before_outside(
+    name: str, value: str, tf32: bool | None, inside: list[str] | None
+) -> None:
+    """Torch raises where a flag is read that contradicts a precision."""
+    owner: Any = torch.backends
+    for part in filter(None, name.split(".")):
+        owner = getattr(owner, part)
+    defaults, own = precisions(), owner.fp32_precision
+    owner.fp32_precision = value
+    try:
+        before = precisions()
+        with switched(RuntimeSettings(), allow_tf32=tf32):
+            assert precisions() == (inside or before)
+        assert precisions() == before
+    finally:
+        owner.fp32_precision = own
+        _set_precisions(defaults)
 
 
 def test_a_training_sees_them_and_leaves_none(tmp_path: Path, images: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +150,12 @@ def test_a_training_sees_them_and_leaves_none(tmp_path: Path, images: Split, mon
 def test_deterministic_changes_no_bit_on_the_cpu(tmp_path: Path, images: Split) -> None:
     plain, strict = (trained(images, tmp_path / str(on), deterministic=on) for on in (False, True))
     assert state_digest(plain) == state_digest(strict)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (7, 8), (5, 3)])
+def test_pooling_whose_gradient_is_deterministic_pools_the_same(size: tuple[int, int]) -> None:
+    hidden = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(quarter_means(hidden), nn.functional.adaptive_avg_pool2d(hidden, 2))
 
 
 def test_cublas_is_told_before_any_stage_is_made(
@@ -147,7 +200,7 @@ def test_the_student_the_teacher_and_what_is_sampled_are_compiled(
 
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, *_, **__: compiled.append(module))
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # torch's own default
     weights = trained(images, tmp_path / "compiled", compile=True)
     assert len({id(module) for module in compiled}) == 2
     assert weights.keys() == make_pico_denoiser().module.state_dict().keys()
@@ -181,6 +234,7 @@ def test_wrong_gradients_of_compiled_code_are_noticed(
     def forced(stance: str) -> Iterator[None]:
         module.eager = stance == "force_eager"
         yield
+        module.eager = False
 
     monkeypatch.setattr(torch.compiler, "set_stance", forced)
     refused = pytest.raises(MachineError, match=r"compiles the model to other gradients \(of scale, .*compile=false")
@@ -188,6 +242,93 @@ def test_wrong_gradients_of_compiled_code_are_noticed(
         check_compiled(pico_denoiser, module, job().settings)
     assert module.training
     assert module.scale.grad is None or not fits
+
+
+class Convolutions(nn.Module):
+    """A small model with nothing that any torch is known to compile wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        return (self.layers(x),)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_code_that_really_is_compiled_is_compared(pico_denoiser: DDPM, factor: float) -> None:
+    """By a compiler that runs what torch captured, right or wrongly."""
+    ran: list[int] = []
+
+    def compiler(captured: Any, examples: list[torch.Tensor]) -> Any:
+        def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+            ran.append(1)
+            return [factor * output for output in captured(*inputs)]
+
+        return run
+
+    forget_compiled()
+    module = Convolutions()
+    module.compile(backend=compiler)
+    with nullcontext() if factor == 1 else pytest.raises(MachineError, match="compiles the model to other gradients"):
+        check_compiled(pico_denoiser, module, job().settings)
+    assert ran == [1]
+
+
+@pytest.mark.slow
+def test_convolutions_are_compiled_rightly_and_accepted(pico_denoiser: DDPM) -> None:
+    forget_compiled()
+    check_compiled(pico_denoiser, laid_out(Convolutions(), RuntimeSettings(compile=True)), job().settings)
+    assert torch._dynamo.utils.counters["frames"]["ok"]  # it did compile
+
+
+def test_small_gradients_are_compared_in_half_precision_too() -> None:
+    """Unscaled they underflow, and a model is not like itself."""
+    denoiser = make_pico_denoiser()
+    student: Any = denoiser.student()
+    student.conv_out.weight.data.mul_(1e-3)
+    single, half = job().settings, job(mixed_precision="fp16").settings
+    plain, scale = gradients(denoiser, student, single), SCALES[0]
+    assert _wrong(gradients(denoiser, student, half), plain)
+    assert not _wrong({name: g / scale for name, g in gradients(denoiser, student, half, scale).items()}, plain)
+    check_compiled(denoiser, student, half)
+
+
+def _wrong(found: State, expected: State) -> list[str]:
+    """Those that are off by more than a tenth, but for what is 0 up to rounding."""
+    most = max(float(gradient.norm()) for name, gradient in expected.items() if not name.startswith("conv_out"))
+    return [k for k, g in expected.items() if float((found[k] - g).norm()) > 0.1 * float(g.norm()) + 1e-3 * most]
+
+
+def test_large_gradients_are_compared_at_a_scale_where_they_are_finite(
+    pico_denoiser: DDPM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+
+    def overflowing(denoiser: Any, student: Any, settings: Any, scale: float = 1.0) -> State:
+        scales.append(scale)
+        return {"scale": torch.tensor([math.inf if scale > 300 else scale])}
+
+    monkeypatch.setattr("deme_diffusion.decoupling.switches.gradients", overflowing)
+    check_compiled(pico_denoiser, Twofold(1.0), job(mixed_precision="fp16").settings)
+    assert scales == [2.0**16, 2.0**12, 2.0**8, 2.0**8]
+
+
+@pytest.mark.slow
+def test_a_captured_training_gives_the_same(tmp_path: Path, images: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of compilation but the code that torch generates, which is wrong for upsampling in torch 2.13 on a CPU."""
+    captured: list[nn.Module] = []
+    compile_with = nn.Module.compile
+
+    def compile_eagerly(module: nn.Module) -> None:
+        captured.append(module)
+        compile_with(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    plain = trained(images, tmp_path / "plain", job(2))
+    assert_close(trained(images, tmp_path / "compiled", job(2), compile=True), plain)
+    assert len(captured) == 2  # the student and the teacher
+    assert_close(trained(images, tmp_path / "compiled", job(4)), trained(images, tmp_path / "plain", job(4)))
 
 
 @pytest.mark.slow
@@ -298,6 +439,18 @@ def test_8_bit_adam_on_a_cpu_is_refused(tmp_path: Path, images: Split, monkeypat
     fake_bitsandbytes(monkeypatch)
     with pytest.raises(UserError, match="use_8bit_adam needs a GPU, and this training runs on the cpu"):
         trained(images, tmp_path, job(use_8bit_adam=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_8_bit_adam_and_channels_last_are_told_to_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, channels_last: bool
+) -> None:
+    fake_bitsandbytes(monkeypatch)
+    student = laid_out(make_pico_denoiser().student(), RuntimeSettings(channels_last=channels_last))
+    make_optimizer(list(student.parameters()), job(use_8bit_adam=True), torch.device("cuda"))
+    assert [line.split(" (")[0] for line in caplog.messages] == (
+        ["expert 0: use_8bit_adam undoes runtime.channels_last in its first step"] if channels_last else []
+    )
 
 
 def test_the_state_of_8_bit_adam_goes_through_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

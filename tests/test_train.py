@@ -20,11 +20,14 @@ from torch import nn
 from conftest import T, make_pico_denoiser
 from deme_diffusion.config import AugmentSettings, DataSettings, DecoupleSettings, LossSettings, RuntimeSettings
 from deme_diffusion.data.splits import Split, load_splits
+from deme_diffusion.decoupling import waiting
 from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.journal import Journal
 from deme_diffusion.decoupling.progress import Progress
 from deme_diffusion.decoupling.signals import stop_signals
 from deme_diffusion.decoupling.step import Job, StepLosses, total
 from deme_diffusion.decoupling.train import MOST_SKIPPED, _update, train
+from deme_diffusion.decoupling.waiting import Waited
 from deme_diffusion.division import Runs, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.files import read_jsonl
@@ -361,6 +364,59 @@ def test_losses_are_written_by_range(tmp_path: Path, images: Split, held_out: Sp
     assert set(validation["ranges"]) == quarters
     assert validation["own"] == validation["validation"]
     assert validation["own"] == pytest.approx(sum(validation["ranges"].values()) / 4)
+
+
+def test_what_overflowed_is_null_in_the_journal(tmp_path: Path) -> None:
+    """JSON has neither infinity nor NaN."""
+    wrong, right = torch.tensor([math.inf, 1.0]), torch.tensor([0.5, 0.5])
+    with Journal(tmp_path, ["[0,10)", "[10,20)"], after=0) as journal:
+        journal.step(1, [StepLosses(wrong, wrong, right, torch.tensor([0, 1]))], 1e-3, math.nan)
+        journal.validation(1, [math.nan, 2.0], math.nan, 2.0)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    lines = [(tmp_path / name).read_text() for name in ("loss.jsonl", "validation.jsonl")]
+    loss, validation = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert loss == {"step": 1, "loss": None, "denoising": None, "consistency": 0.5, "learning_rate": 1e-3,
+                    "gradient_norm": None, "ranges": {"[0,10)": None, "[10,20)": 1.0}}  # fmt: skip
+    assert validation == {"step": 1, "validation": None, "own": 2.0, "ranges": {"[0,10)": None, "[10,20)": 2.0}}
+
+
+# --- waiting for batches ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers, remedy", [(0, "dataloader_num_workers=1 or more"), (2, "num_workers (now 2)")])
+def test_waiting_for_batches_is_counted_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, workers: int, remedy: str
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(waiting.time, "perf_counter", lambda: now[0])
+
+    def slow() -> Iterator[list[Any]]:
+        for _ in range(5):
+            now[0] += 10.0
+            yield []
+
+    batches = Waited(slow(), name="expert 0", workers=workers)
+    for number, _ in enumerate(batches):
+        now[0] += 30.0
+        batches.tell()
+        assert bool(caplog.messages) == (number > 0)  # the first 60 s are not judged
+    assert batches.share == pytest.approx(40 / 190)  # four waits: not that for the first batch
+    (line,) = caplog.messages
+    assert line.startswith("expert 0: 14% of the time is spent waiting for batches; ") and remedy in line
+
+
+def test_a_training_says_how_much_it_waited(
+    tmp_path: Path, images: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert 0 < train(make_pico_denoiser(), images, job(), tmp_path / "short", runtime=runtime())["waiting"] < 1
+    assert not caplog.messages
+    monkeypatch.setattr(waiting, "SETTLED", 0.0)
+    monkeypatch.setattr(waiting, "MOST", 0.0)
+    train(make_pico_denoiser(), images, job(), tmp_path / "long", runtime=runtime(logging_steps=1))
+    assert len([line for line in caplog.messages if "waiting for batches" in line]) == 1
 
 
 def test_an_expert_validates_by_its_own_timesteps(tmp_path: Path, images: Split, held_out: Split) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,5 +31,5 @@ def opened(
     from deme_diffusion.recipes import load
 
     changes = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]
-    command = " ".join(["deme", *sys.argv[1:]])
+    command = shlex.join(["deme", *sys.argv[1:]])
     return open_run(load(recipe, changes), out=out, command=command, download=not dry_run)

@@ -10,7 +10,9 @@ import typer
 from deme_diffusion.cli import show
 from deme_diffusion.cli.command import app
 from deme_diffusion.cli.options import AsJson, DryRun, Jobs, Out, Overrides, RecipeArgument, opened
+from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
+from deme_diffusion.recipes import load
 
 if TYPE_CHECKING:
     from deme_diffusion.pipeline.graph import Graph
@@ -45,8 +47,14 @@ def make(run: Run, targets: Sequence[Node], dry_run: bool, as_json: bool) -> Non
     show.made(run, targets, as_json)
 
 
-def _one_stage(name: str, help_text: str, targets: Callable[[Graph], Sequence[Node]], *presets: str) -> None:
-    """Register a sub-command that makes some stages of a recipe and what they need."""
+def _one_stage(
+    name: str,
+    help_text: str,
+    targets: Callable[[Graph], Sequence[Node]],
+    *presets: str,
+    idle: Callable[[Recipe], str | None] = lambda _: None,
+) -> None:
+    """Register a sub-command that makes some stages of a recipe and what they need; `idle` says why there are none."""
 
     def command(
         recipe: RecipeArgument,
@@ -56,10 +64,37 @@ def _one_stage(name: str, help_text: str, targets: Callable[[Graph], Sequence[No
         dry_run: DryRun = False,
         as_json: AsJson = False,
     ) -> None:
-        whole = opened(recipe, [*presets, *(overrides or [])], out, jobs, dry_run=dry_run)
+        changes = [*presets, *(overrides or [])]
+        if why := idle(load(recipe, changes).recipe):  # before anything is fetched
+            raise UserError(f"deme {name}: {why}")
+        whole = opened(recipe, changes, out, jobs, dry_run=dry_run)
         make(whole, targets(whole.graph), dry_run, as_json)
 
     app.command(name, help=help_text)(command)
+
+
+def _no_base(recipe: Recipe) -> str | None:
+    given = recipe.model.pretrained
+    return None if given is None else f"model.pretrained={given} leaves no base to train; leave it out"
+
+
+def _no_classifier(recipe: Recipe) -> str | None:
+    kind, given = recipe.extractor.kind, recipe.extractor.pretrained
+    if kind != "classifier":
+        return f"extractor.kind={kind} is never trained; only a classifier is"
+    return None if given is None else f"extractor.pretrained={given} leaves no classifier to train; leave it out"
+
+
+def _no_merge(recipe: Recipe) -> str | None:
+    """A control can be merged where the experts are not."""
+    merged = recipe.merge.method != "none" or {"soup", "all-timesteps-searched"} & set(recipe.evaluate.controls)
+    return None if merged else "merge.method=none leaves nothing to merge; use task_arithmetic"
+
+
+def _no_search(recipe: Recipe) -> str | None:
+    if recipe.merge.search == "none":
+        return "merge.search=none leaves no weights to search; use least_squares or grid"
+    return _no_merge(recipe)
 
 
 _one_stage(
@@ -67,12 +102,14 @@ _one_stage(
     "Train the recipe's base from scratch, by its `pretrain` section.",
     lambda graph: list(graph.of_stage("pretrain")),
     "model.pretrained=null",
+    idle=_no_base,
 )
 _one_stage(
     "extractor",
     "Train the classifier that serves as feature extractor.",
     lambda graph: list(graph.of_stage("extractor")),
     "extractor.pretrained=null",
+    idle=_no_classifier,
 )
 
 
@@ -95,6 +132,6 @@ def decouple(
     make(whole, experts, dry_run, as_json)
 
 
-_one_stage("search", "Search the merge weights.", lambda graph: list(graph.of_stage("search")))
-_one_stage("merge", "Merge the experts into one model.", lambda graph: list(graph.of_stage("merge")))
+_one_stage("search", "Search the merge weights.", lambda graph: list(graph.of_stage("search")), idle=_no_search)
+_one_stage("merge", "Merge the experts into one model.", lambda graph: list(graph.of_stage("merge")), idle=_no_merge)
 _one_stage("evaluate", "Measure every model of the table.", lambda graph: [*graph.of_stage("evaluate"), graph.cost])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from deme_diffusion.config.base import Positive, Probability, Settings
+
+DIGITS_CNN = "packaged:digits-cnn"
+"""The packaged classifier of the digits; a space for no other images."""
 
 
 class SamplerSettings(Settings):
@@ -28,13 +31,14 @@ class SamplerSettings(Settings):
 class ExtractorSettings(Settings):
     """The feature extractor that names the metric.
 
-    `classifier`: `packaged:NAME`, a folder, or null to train one on the recipe's labels (`deme extractor`).
+    `classifier`: `packaged:NAME`, a folder, or null to train one on the recipe's labels (`deme extractor`); where it is
+    not said, a recipe on the digits takes packaged:digits-cnn, and any other trains one.
     `inception`: the published FID weights, a local file or null for the download. `transformers`: a vision model
     (DINOv2, CLIP), a folder or a hub name.
     """
 
     kind: Literal["classifier", "inception", "transformers"] = "classifier"
-    pretrained: str | None = "packaged:digits-cnn"
+    pretrained: str | None = Field(None, description="with kind classifier on the digits: packaged:digits-cnn")
     revision: str | None = None
     channels: Positive = 32
     stages: Positive = Field(1, description="times that the classifier halves the resolution")
@@ -42,13 +46,6 @@ class ExtractorSettings(Settings):
     total_steps: Positive = 3000
     train_batch_size: Positive = 128
     learning_rate: float = Field(2e-3, gt=0.0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _packaged_only_for_classifiers(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("kind", "classifier") != "classifier":
-            return {"pretrained": None, **values}
-        return values
 
     @model_validator(mode="after")
     def _transformers_has_a_name(self) -> Self:

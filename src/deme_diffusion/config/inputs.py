@@ -35,7 +35,7 @@ class DataSettings(Settings):
     subset: str | None = Field(None, description="hub: the data set's configuration, where it has several")
     split: str = Field("train", description="hub: the data set's own split or splits, as train+test")
     streaming: bool = Field(False, description="hub: read once in passing; only the prepared images are stored")
-    max_images: Positive | None = Field(None, description="the first so many images only")
+    max_images: Positive | None = Field(None, description="a fixed random choice of so many; of a stream, the first")
     image_column: str | None = Field(None, description="null: image, or else the only column that holds images")
     label_column: str | None = Field(None, description="null: label, where there is one")
     caption_column: str | None = Field(None, description="for families that take text; null is none")
@@ -61,6 +61,8 @@ class DataSettings(Settings):
             raise ValueError("path is given, but source digits is embedded; use source folder, parquet or hub")
         if self.source != "digits" and self.path is None:
             raise ValueError(f"source {self.source} needs a path")
+        if self.crop == "random" and self.resolution is None:
+            raise ValueError("crop=random needs a resolution: the side of the square")
         if self.streaming and self.source != "hub":
             raise ValueError(f"streaming is for source hub, not {self.source}")
         return self

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from deme_diffusion.config.base import NonNegative, Positive, Settings
-from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, MergeSettings
+from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings, MergeSettings
 from deme_diffusion.config.inputs import DataSettings, ModelSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
 
 
 class RuntimeSettings(Settings):
-    """What changes no result but its last bits, and stays out of every digest."""
+    """What changes no result but its last bits, and what serving costs; it stays out of all other digests."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="one of several GPUs: CUDA_VISIBLE_DEVICES")
     jobs: Positive = Field(1, description="experts trained at once, each in its own process")
-    deterministic: bool = Field(False, description="on a GPU: bit-identical when run again, at some cost in speed")
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: bit-identical when run again on the same kind, at some cost in speed; torch refuses "
+        "what it cannot run so, and does not know of use_8bit_adam's kernels",
+    )
     compile: bool = Field(False, description="torch.compile the student, the teacher and the sampled model")
     channels_last: bool = Field(False, description="memory format of convolutions, faster on GPUs in half precision")
     gradient_checkpointing: bool = Field(False, description="activations computed anew: less memory, more time")
@@ -43,11 +47,33 @@ class Recipe(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     pretrain: PretrainSettings = PretrainSettings()
-    extractor: ExtractorSettings = ExtractorSettings()
+    extractor: ExtractorSettings = ExtractorSettings(pretrained=DIGITS_CNN)
     decouple: DecoupleSettings = DecoupleSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digits_have_a_classifier(cls, values: Any) -> Any:
+        """`extractor.pretrained` where it is not said: the packaged classifier is for the digits alone."""
+        if not isinstance(values, dict):
+            return values
+        data, extractor = values.get("data", {}), values.get("extractor", {})
+        source = data.get("source", "digits") if isinstance(data, dict) else getattr(data, "source", None)
+        if not isinstance(extractor, dict):
+            return values
+        packaged = source == "digits" and extractor.get("kind", "classifier") == "classifier"
+        return {**values, "extractor": {"pretrained": DIGITS_CNN if packaged else None, **extractor}}
+
+    @model_validator(mode="after")
+    def _extractor_fits_the_source(self) -> Self:
+        if self.extractor.pretrained == DIGITS_CNN and self.data.source != "digits":
+            raise ValueError(
+                f"extractor.pretrained: {DIGITS_CNN} is for the digits, not for data.source={self.data.source}; null "
+                "trains a classifier on the labels, extractor.kind=inception needs none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -28,7 +28,7 @@ class TrainSettings(Settings):
     adam_epsilon: float = Field(1e-8, gt=0.0)
     use_8bit_adam: bool = Field(False, description="bitsandbytes' AdamW8bit, on a GPU (extra `8bit`)")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    allow_tf32: bool = Field(False, description="TF32 matrix products on a GPU")
+    allow_tf32: bool = Field(False, description="TF32 matrix products and convolutions on a GPU; false: in float32")
     snr_gamma: float | None = Field(None, gt=0.0, description="Min-SNR loss weighting (Hang et al. 2023); null is off")
     use_ema: bool = True
     ema_inv_gamma: float = Field(1.0, gt=0.0)

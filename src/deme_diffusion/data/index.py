@@ -103,7 +103,7 @@ def _scanned(index: int, row: Row, settings: DataSettings) -> Scanned:
         raw = in_mode(image, settings.mode)
         pixels = prepared(raw, settings)
     except Corrupt as problem:
-        named = f"{encoded.name}: " if isinstance(encoded, Path) else ""
+        named = f"{encoded.parent.name}/{encoded.name}: " if isinstance(encoded, Path) else ""
         return Scanned(index, label, problem=f"{named}{problem}")
     return Scanned(index, label, image.size, image.mode, split_of(as_array(raw), settings), pixels)
 
@@ -164,15 +164,17 @@ def make_index(settings: DataSettings, folder: Path, *, commit: str | None, limi
 
 
 def _labels(labels: list[Any]) -> dict[str, np.ndarray]:
-    """Labels as class numbers: integers as they are, names in alphabetical order; a missing one is -1; all, nothing."""
-    known = [label for label in labels if label is not None]
+    """Labels as class numbers 0, 1, ..., in order of their values or names; a missing one is -1; without any, nothing.
+
+    A negative number is missing too, as data sets on the hub have it.
+    """
+    present = [None if label is None or (isinstance(label, int) and label < 0) else label for label in labels]
+    known = {label for label in present if label is not None}
     if not known:
         return {}
-    if all(isinstance(label, int) for label in known):
-        return {"label": np.array([-1 if label is None else label for label in labels])}
-    names = sorted({str(label) for label in known})
-    number = {name: i for i, name in enumerate(names)}
-    return {"label": np.array([-1 if label is None else number[str(label)] for label in labels])}
+    order = sorted(known) if all(isinstance(label, int) for label in known) else sorted(known, key=str)
+    number = {label: i for i, label in enumerate(order)}
+    return {"label": np.array([-1 if label is None else number[label] for label in present])}
 
 
 class Indexed:

@@ -14,7 +14,7 @@ from deme_diffusion.config import DataSettings
 from deme_diffusion.data.augment import augmented
 from deme_diffusion.data.sources import Digits, Pixels, Source, SplitName
 from deme_diffusion.errors import UserError
-from deme_diffusion.rng import uniforms
+from deme_diffusion.rng import generator, uniforms
 
 SPLITS: tuple[SplitName, ...] = ("train", "search", "report")
 
@@ -41,7 +41,7 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a source: `indices` into the source, in the source's order."""
+    """One split of a source: `indices` into the source, in an order that does not follow classes."""
 
     name: SplitName
     source: Source
@@ -124,10 +124,13 @@ def _members(
     if folder is None:
         assert settings.source == "digits", "all other sources are indexed first"
         source: Source = Digits()
-        for index in range(min(len(source), settings.max_images or len(source))):
+        chosen = generator(0, "max_images").permutation(len(source))[: settings.max_images or len(source)]
+        for index in sorted(int(i) for i in chosen):
             members[split_of(source.pixels(index), settings)].append(index)
         return source, members
     from deme_diffusion.data.index import Indexed
 
     indexed = Indexed(settings, folder, commit)
-    return indexed, {name: np.flatnonzero(indexed.split == i).tolist() for i, name in enumerate(SPLITS)}
+    # Shuffled once: folders list images by class, and many a measure takes the first so many of a split.
+    order = generator(0, "splits").permutation(len(indexed))
+    return indexed, {name: order[indexed.split[order] == i].tolist() for i, name in enumerate(SPLITS)}

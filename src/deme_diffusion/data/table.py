@@ -7,10 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deme_diffusion.config import DataSettings
 from deme_diffusion.data.contents import METADATA, listed, size_and_time
 from deme_diffusion.data.prepare import Encoded
 from deme_diffusion.errors import MachineError, UserError, nearest
+from deme_diffusion.rng import generator
 
 Row = tuple[Encoded | None, Any]
 """An encoded image (None where the column is empty) and its label, None where there is none."""
@@ -29,10 +32,14 @@ class Table:
         self.image = self._image_column(features)
         self.label = self._optional(settings.label_column, "label")
         self.rows = self._undecoded().select_columns([c for c in (self.image, self.label) if c])
+        most = settings.max_images
+        if most is not None and not settings.streaming and most < len(self.rows):
+            # Not the first: folders list images by class.
+            self.rows = self.rows.select(np.sort(generator(0, "max_images").permutation(len(self.rows))[:most]))
 
     def __len__(self) -> int:
         """The number of rows; a stream has none."""
-        return min(len(self.rows), self.settings.max_images or len(self.rows))
+        return len(self.rows)
 
     def encoded(self, index: int) -> Encoded | None:
         """One image's file or bytes."""

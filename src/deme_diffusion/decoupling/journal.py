@@ -61,7 +61,7 @@ class Journal:
             "denoising": _mean([float(part.denoising.mean()) for part in losses]),
             "consistency": _mean([float(part.consistency.mean()) for part in losses]),
             "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,  # JSON has no infinity
+            "gradient_norm": gradient_norm,
         }
         self._write(LOSSES, step, record, {name: _mean(values) for name, values in ranges.items()})
 
@@ -77,15 +77,20 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _write(self, name: str, step: int, record: Mapping[str, float | None], ranges: dict[str, float]) -> None:
-        line = {"step": step, **record, "ranges": ranges}
-        self._files[name].write(json.dumps(line) + "\n")
+    def _write(self, name: str, step: int, record: Mapping[str, float], ranges: Mapping[str, float]) -> None:
+        line = {"step": step, **_finite(record), "ranges": _finite(ranges)}
+        self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
         if name == LOSSES and step % self._board_every:
             return  # the lines above hold every step; a board of every step costs 2% of a small model's time
         for key, value in {**record, **{f"{name.removesuffix('.jsonl')} {r}": v for r, v in ranges.items()}}.items():
-            if value is not None:
+            if math.isfinite(value):
                 self._board.add_scalar(key, value, step)
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _finite(record: Mapping[str, float]) -> dict[str, float | None]:
+    """What overflowed in fp16 as null: JSON has neither infinity nor NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in record.items()}

@@ -77,6 +77,12 @@ def check_memory(
     return needed
 
 
+def altogether(denoiser: Denoiser, job: Job, runtime: RuntimeSettings, device: torch.device) -> int:
+    """Peak bytes of one training in a process of its own, which brings the base to the device first."""
+    needed = estimate(denoiser, job, runtime, device)
+    return sum(needed.values()) - needed["base"] + (0 if _makes_way(job, device) else size_of(denoiser.module))
+
+
 def size_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
@@ -132,31 +138,42 @@ def _norms_in_float32(module: nn.Module) -> None:
             part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
-def _activations(
-    denoiser: Denoiser, student: Projected, settings: TrainSettings, parts: list[int] | None = None
-) -> int:
-    """Bytes that a forward pass keeps for the backward pass; into `parts`, what each part adds of its own."""
-    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.mixed_precision != "no")
-    with _counting(student, parts if parts is not None else []) as stored, half:
-        wide = next(student.parameters()).dtype
-        x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=wide)
-        t = torch.zeros(settings.train_batch_size, dtype=torch.long)
+def _activations(denoiser: Denoiser, student: Projected, settings: TrainSettings) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+    with _counting(student) as stored:
+        return _forward(denoiser, student, settings, stored)
+
+
+def _forward(denoiser: Denoiser, student: Projected, settings: TrainSettings, stored: dict[int, int]) -> int:
+    wide = next(student.parameters()).dtype
+    x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=wide)
+    t = torch.zeros(settings.train_batch_size, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.mixed_precision != "no"):
         loss = (denoiser.predict(student, x, t, {}) - x).square().mean()  # holds on to the graph while it is counted
-        assert loss.requires_grad
-        return sum(stored.values())
+    assert loss.requires_grad
+    return sum(stored.values())
 
 
 def _activations_checkpointed(denoiser: Denoiser, student: Projected, settings: TrainSettings) -> int:
     """Those at the borders of the parts that are computed anew, and all of the largest part's."""
-    parts = list[int]()
-    _activations(denoiser, student, settings, parts)
+    parts = [0]
+    with _counting(student) as stored:
+
+        def measured(part: Any, *inputs: Any) -> Any:
+            before = sum(stored.values())
+            answer = part(*inputs)
+            parts.append(sum(stored.values()) - before)
+            return answer
+
+        checkpoint_gradients(student.component, measured)
+        _forward(denoiser, student, settings, stored)
     checkpoint_gradients(student.component)
-    return _activations(denoiser, student, settings) + max(parts, default=0)
+    return _activations(denoiser, student, settings) + max(parts)
 
 
 @contextmanager
-def _counting(module: nn.Module, parts: list[int]) -> Iterator[dict[int, int]]:
-    """Bytes by storage that autograd saves, parameters apart; and for each part that can be checkpointed, its own."""
+def _counting(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes by storage that autograd saves, parameters apart."""
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     stored: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # or another tensor's storage would get the same address
@@ -168,21 +185,8 @@ def _counting(module: nn.Module, parts: list[int]) -> Iterator[dict[int, int]]:
             alive.append(tensor)
         return tensor
 
-    def enter(part: nn.Module, *_: Any) -> None:
-        parts.append(-sum(stored.values()))
-
-    def leave(part: nn.Module, *_: Any) -> None:
-        parts[-1] += sum(stored.values())
-
-    able = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
-    able = [part for part in able if not any(inner in able for inner in list(part.modules())[1:])]
-    hooks = [h for p in able for h in (p.register_forward_pre_hook(enter), p.register_forward_hook(leave))]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield stored
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield stored
 
 
 def _available() -> int | None:

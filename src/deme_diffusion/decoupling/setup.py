@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,15 +16,17 @@ from torch import nn
 from deme_diffusion.config import TrainSettings
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.errors import UserError
+from deme_diffusion.models.devices import device_of
 
+log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other: for the main one's validations, and for all of its other stages."""
 PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def on_cpu(device: str) -> bool:
-    """`auto` means CUDA or the CPU, as for sampling; accelerate alone would take a Mac's GPU, without float64."""
-    return device == "cpu" or not torch.cuda.is_available()
+    """As for sampling; accelerate alone would take a Mac's GPU, without float64. UserError for CUDA without a GPU."""
+    return device_of(device).type == "cpu"
 
 
 def make_accelerator(job: Job, device: str) -> Accelerator:
@@ -57,6 +60,12 @@ def make_optimizer(parameters: list[nn.Parameter], job: Job, device: torch.devic
         "weight_decay": settings.adam_weight_decay,
     }
     if settings.use_8bit_adam:
+        if any(not parameter.is_contiguous() for parameter in parameters):
+            log.warning(
+                "%s: use_8bit_adam undoes runtime.channels_last in its first step (bitsandbytes makes weights "
+                "contiguous); set one of them to false",
+                job.name,
+            )
         return _eight_bit(settings, device)(parameters, **options)
     # A fused optimizer skips an overflow inside its kernel, where accelerate's `step_was_skipped` cannot see it.
     return torch.optim.AdamW(parameters, fused=settings.mixed_precision != "fp16", **options)

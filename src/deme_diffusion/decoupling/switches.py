@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,24 +16,53 @@ from deme_diffusion.config import RuntimeSettings, TrainSettings
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.models.denoiser import Denoiser
 
+SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+"""Of the loss where gradients in fp16 are compared: as the first of a gradient scaler's, and smaller ones."""
+
 
 @contextmanager
-def switched(runtime: RuntimeSettings, *, allow_tf32: bool = False) -> Iterator[None]:
-    """torch's global switches by `runtime.deterministic` and TF32; on leaving, they are as before."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32)
+def switched(runtime: RuntimeSettings, *, allow_tf32: bool | None = None) -> Iterator[None]:
+    """torch's global switches by `runtime.deterministic` and TF32 (None: as it stands); on leaving, as before."""
+    cudnn = torch.backends.cudnn
+    before = (cudnn.benchmark, cudnn.deterministic)
     strict = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     cudnn.benchmark, cudnn.deterministic = not runtime.deterministic, runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only heard before CUDA's first product
         torch.use_deterministic_algorithms(True)
-    if allow_tf32:
-        cudnn.allow_tf32 = matmul.allow_tf32 = True
+    try:
+        with nullcontext() if allow_tf32 is None else _tf32(allow_tf32):
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Matrix products and convolutions in TF32 or not, by torch's old flags and by the precisions that replace them."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags: list[tuple[Any, str]] = [(cudnn, "allow_tf32"), (matmul, "allow_tf32")]
+    newer = [getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), matmul]
+    precisions: list[tuple[Any, str]] = [(p, "fp32_precision") for p in newer if hasattr(p, "fp32_precision")]
+    before = list(_readable([*flags, *precisions]))
+    # The flags first: torch refuses to read them where they contradict the precisions, as its compiler does.
+    for owner, name in flags:
+        setattr(owner, name, allowed)
+    for owner, name in precisions:
+        setattr(owner, name, "tf32" if allowed else "ieee")
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
-        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _readable(switches: list[tuple[Any, str]]) -> Iterator[tuple[Any, str, Any]]:
+    """Those that can be read, with their values: not a flag whose newer precision a user has set."""
+    for owner, name in switches:
+        with suppress(RuntimeError):
+            yield owner, name, getattr(owner, name)
 
 
 def laid_out(module: nn.Module, runtime: RuntimeSettings) -> nn.Module:
@@ -41,19 +70,22 @@ def laid_out(module: nn.Module, runtime: RuntimeSettings) -> nn.Module:
     if runtime.channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if runtime.compile:
-        _check_compiler(next(module.parameters()).device)
+        check_compiler(next(module.parameters()).device)
         # Else code compiled for a model without projections, which are hooks, would be run for one that has them.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         module.compile()
     return module
 
 
-def checkpoint_gradients(module: nn.Module) -> None:
-    """Let the module compute activations anew in the backward pass. Raises UserError where it cannot."""
+def checkpoint_gradients(module: nn.Module, how: Callable[..., Any] | None = None) -> None:
+    """Let the module compute activations anew in the backward pass. Raises UserError where it cannot.
+
+    `how` takes a part and its inputs in place of torch's own checkpointing.
+    """
     able: Any = module
     if not getattr(module, "_supports_gradient_checkpointing", False):
         raise UserError(f"runtime.gradient_checkpointing: a {type(module).__name__} has none; leave it off")
-    able.enable_gradient_checkpointing()
+    able.enable_gradient_checkpointing(how)
 
 
 def forget_compiled() -> None:
@@ -66,9 +98,9 @@ def check_compiled(denoiser: Denoiser, student: nn.Module, settings: TrainSettin
 
     Several versions of torch compile upsampling to a wrong backward pass, without a word.
     """
-    compiled = _gradients(denoiser, student, settings)
     with torch.compiler.set_stance("force_eager"):
-        plain = _gradients(denoiser, student, settings)
+        scale, plain = _finite_gradients(denoiser, student, settings)
+    compiled = gradients(denoiser, student, settings, scale)
     norm = float(torch.stack([gradient.norm() for gradient in plain.values()]).norm())
     for name, gradient in plain.items():
         if not float((compiled[name] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-3 * norm:
@@ -79,8 +111,23 @@ def check_compiled(denoiser: Denoiser, student: nn.Module, settings: TrainSettin
             )
 
 
-def _gradients(denoiser: Denoiser, student: nn.Module, settings: TrainSettings) -> dict[str, torch.Tensor]:
-    """Of the mean square of an answer; without dropout, which compiled code draws in its own way."""
+def _finite_gradients(
+    denoiser: Denoiser, student: nn.Module, settings: TrainSettings
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Gradients that are 0 or infinite in fp16 would say nothing: with the largest scale at which all are finite."""
+    found: dict[str, torch.Tensor] = {}
+    scales = SCALES if settings.mixed_precision == "fp16" else (1.0,)
+    for scale in scales:
+        found = gradients(denoiser, student, settings, scale)
+        if all(bool(gradient.isfinite().all()) for gradient in found.values()):
+            return scale, found
+    return scales[-1], found
+
+
+def gradients(
+    denoiser: Denoiser, student: nn.Module, settings: TrainSettings, scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Of the mean square of an answer, times `scale`; without dropout, which compiled code draws in its own way."""
     first = next(student.parameters())
     shape = (settings.train_batch_size, *denoiser.sample_shape)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first)
@@ -89,13 +136,14 @@ def _gradients(denoiser: Denoiser, student: nn.Module, settings: TrainSettings) 
     half = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     with torch.autocast(first.device.type, dtype=half, enabled=settings.mixed_precision != "no"):
         answer = denoiser.predict(student.train(not dropout), x, t, {})
-    answer.float().square().mean().backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad.detach() for name, p in student.named_parameters() if p.grad is not None}
+    (scale * answer.float().square().mean()).backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad.detach() for name, p in student.named_parameters() if p.grad is not None}
     student.train().zero_grad(set_to_none=True)
-    return gradients
+    return found
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
+    """Raises MachineError where torch.compile lacks what it compiles with."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise MachineError("runtime.compile on a GPU needs triton, which is not installed; use runtime.compile=false")
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):

@@ -34,6 +34,7 @@ from deme_diffusion.decoupling.signals import stop_signals
 from deme_diffusion.decoupling.step import Combine, Job, StepLosses, TrainStep, total
 from deme_diffusion.decoupling.switches import check_compiled, checkpoint_gradients, forget_compiled, laid_out, switched
 from deme_diffusion.decoupling.teacher import Averaged, teaching
+from deme_diffusion.decoupling.waiting import Waited
 from deme_diffusion.division import name_of, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.models.denoiser import Denoiser
@@ -129,8 +130,11 @@ def _train(
         started, seen = time.perf_counter(), 0
         bar = tqdm(total=job.steps * order.step_size, initial=progress.step * order.step_size, desc=job.name,
                    unit="img", disable=None if main else True)  # fmt: skip
-        batches = steps(
-            images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=runtime.dataloader_num_workers
+        workers = runtime.dataloader_num_workers
+        batches = Waited(
+            steps(images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=workers),
+            name=job.name,
+            workers=workers,
         )
         with bar, journal:
             for micro_batches in batches:
@@ -161,6 +165,8 @@ def _train(
                     with ema.weights() if ema else nullcontext():
                         preview(unwrapped.eval(), folder / "previews" / f"{progress.step:08d}.png")
                         unwrapped.train()
+                if main and (progress.step % runtime.logging_steps == 0 or last):
+                    batches.tell()
                 if bar.disable and (progress.step % runtime.logging_steps == 0 or last):
                     _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
                 if processes == 1 or last:  # in the last step too: the stages that follow must stop as well
@@ -173,7 +179,8 @@ def _train(
 
     # -- what is left ------------------------------------------------------------------------------
     speed = seen / (time.perf_counter() - started)
-    results = {"steps": progress.step, "updates": progress.updates, "images_per_second": round(speed, 1)}
+    results = {"steps": progress.step, "updates": progress.updates, "images_per_second": round(speed, 1),
+               "waiting": round(batches.share, 4)}  # fmt: skip
     return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder)} if main else results
 
 

@@ -24,8 +24,10 @@ def examine(open_run: Callable[[], Run] | None) -> Iterator[Finding]:
     try:
         run = open_run()
         yield Finding("ok", "recipe", f"{run.recipe.name}, {len(run.graph.nodes)} stages")
-        yield from environment.wanted(run.recipe)
+        lacking = list(environment.wanted(run.recipe))
+        yield from lacking
         yield from data.findings(run)
-        yield from needs.findings(run)
+        if not any(finding.topic == "runtime.device" for finding in lacking):  # else: needs on which device?
+            yield from needs.findings(run)
     except UserError as error:
         yield Finding("problem", "recipe", str(error))

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from deme_diffusion.data.index import SUMMARY, Indexed, Summary, scan
-from deme_diffusion.data.sources import Digits
+from deme_diffusion.data.sources import Digits, Pixels
 from deme_diffusion.data.table import Table
 from deme_diffusion.doctor.finding import Finding
 from deme_diffusion.errors import UserError
-from deme_diffusion.pipeline.images import check_fit
+from deme_diffusion.pipeline import preflight
+from deme_diffusion.pipeline.images import check_enough, check_fit
 from deme_diffusion.pipeline.inputs import NO_SIZE, component_of, read_json
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
@@ -23,7 +24,9 @@ def findings(run: Run) -> Iterator[Finding]:
     """Looks at every image, unless the run's index is there already, or they would have to be downloaded."""
     settings = run.recipe.data
     if settings.source == "digits":
-        yield Finding("ok", "data", f"{len(Digits())} embedded digits, 8x8 grey")
+        digits = Digits()
+        yield Finding("ok", "data", f"{len(digits)} embedded digits, 8x8 grey")
+        yield from _suited(run, digits.pixels(0), 0, len(digits))
         return
     node = run.graph.data
     assert isinstance(node, Node), "all but the embedded images are indexed"
@@ -39,42 +42,52 @@ def _of_index(run: Run, node: Node) -> Iterator[Finding]:
     folder = run.store.folder(node.key)
     summary = read_json(folder / SUMMARY)
     yield Finding("ok", "data", f"{summary['images']:,} images, indexed already in {folder}")
-    yield from _described(summary)
+    yield from _described(run, summary)
     source = Indexed(run.recipe.data, folder, run.graph.source.commit)
-    first = next(i for i, split in enumerate(source.split) if split >= 0)
-    yield from _fit(run, source.pixels(first).shape)
+    readable = [i for i, split in enumerate(source.split) if split >= 0]
+    pixels = source.pixels(readable[0])
+    yield from _fit(run, pixels.shape)
+    yield from _suited(run, pixels, [source.label(i) for i in readable].count(None), len(readable))
 
 
 def _of_scan(run: Run) -> Iterator[Finding]:
-    settings, summary = run.recipe.data, Summary()
+    settings, summary, unlabelled = run.recipe.data, Summary(), 0
+    pixels: Pixels | None = None
     for row in scan(Table(settings), settings):
         summary.add(row)
+        if row.pixels is not None:
+            pixels = row.pixels if pixels is None else pixels
+            unlabelled += row.label is None or (isinstance(row.label, int) and row.label < 0)
     broken = tuple(f"number {i}: {why}" for i, why in summary.corrupt[:MOST_LISTED])
     if more := len(summary.corrupt) - len(broken):
         broken += (f"and {more} more",)
     try:
         summary.check(settings)
     except UserError as error:
-        yield Finding("problem", "data", str(error), broken)
+        yield Finding("problem", "data", str(error).partition("; deme doctor")[0], broken)
         return
     yield Finding("ok", "data", f"{summary.images:,} images in {settings.path}")
     if broken:
         share = len(summary.corrupt) / summary.images
         yield Finding("warning", "unreadable", f"{len(summary.corrupt)} images ({share:.2%}) would be skipped", broken)
-    yield from _described(summary.as_dict())
+    yield from _described(run, summary.as_dict())
     yield from _fit(run, summary.shapes.most_common(1)[0][0])
+    assert pixels is not None, "some can be read, or the summary is refused"
+    yield from _suited(run, pixels, unlabelled, summary.images - len(summary.corrupt))
 
 
-def _described(summary: dict[str, Any]) -> Iterator[Finding]:
+def _described(run: Run, summary: dict[str, Any]) -> Iterator[Finding]:
     sizes = ", ".join(f"{size} ({n:,})" for size, n in list(summary["sizes"].items())[:5])
     yield Finding("ok", "sizes", sizes + (", ..." if len(summary["sizes"]) > 5 else ""))
     yield Finding("ok", "modes", ", ".join(f"{mode} ({n:,})" for mode, n in summary["modes"].items()))
     splits = {name: summary["splits"].get(name, 0) for name in ("train", "search", "report")}
     said = ", ".join(f"{name} {n:,}" for name, n in splits.items())
-    empty = [name for name, n in splits.items() if not n]
-    if empty:
-        yield Finding("problem", "splits", f"{said}: the {empty[0]} split is empty; see data.*_fraction, or bring more")
-    elif min(splits["search"], splits["report"]) < FEW:
+    try:
+        check_enough(splits, run.recipe.evaluate)
+    except UserError as error:
+        yield Finding("problem", "splits", f"{said}: {error}")
+        return
+    if min(splits["search"], splits["report"]) < FEW:
         yield Finding("warning", "splits", f"{said}: distances over fewer than {FEW:,} images are very rough")
     else:
         yield Finding("ok", "splits", said)
@@ -93,6 +106,24 @@ def _fit(run: Run, pixels: tuple[int, ...]) -> Iterator[Finding]:
         yield Finding("problem", "model", str(error).removeprefix("data: "))
         return
     yield Finding("ok", "model", f"takes {width}x{height} with {pixels[2]} channels, as the images are")
+
+
+def _suited(run: Run, pixels: Pixels, unlabelled: int, images: int) -> Iterator[Finding]:
+    """Whether a classifier can learn the images' labels; or the extractor that is given, asked, takes an image."""
+    given = run.graph.extractor
+    if isinstance(given, Node):
+        problem = preflight.unlabelled(unlabelled, images, run.recipe.data)
+        said = f"all {images:,} images have one, for the classifier to learn"
+        yield Finding("problem", "labels", problem.removeprefix("data: ")) if problem else Finding("ok", "labels", said)
+    elif given.path is None:
+        yield Finding("warning", "extractor", "not here yet: whether it takes the images is seen after the download")
+    else:
+        try:
+            extractor = preflight.try_extractor(given.path, run.recipe.extractor.kind, pixels[None])
+        except UserError as error:
+            yield Finding("problem", "extractor", str(error).removeprefix("extractor: "))
+            return
+        yield Finding("ok", "extractor", f"{given.label} takes the images: {extractor.dimension} features")
 
 
 def _model_shape(run: Run) -> tuple[int, int, int] | None:

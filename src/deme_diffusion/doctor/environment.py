@@ -73,26 +73,13 @@ def cuda() -> Finding:
 
 def wanted(recipe: Recipe) -> Iterator[Finding]:
     """What the recipe's settings need beyond the installation's own packages."""
+    from deme_diffusion.pipeline import preflight
+
     if recipe.extractor.kind == "transformers":
         yield _extra("transformers", "features", "extractor.kind=transformers")
-    sections = {"pretrain": recipe.pretrain, "decouple": recipe.decouple}
-    for name, settings in sections.items():
-        if name == "pretrain" and recipe.model.pretrained is not None:
-            continue
-        if settings.use_8bit_adam:
-            yield _extra("bitsandbytes", "8bit", f"{name}.use_8bit_adam")
-        yield from _precision(name, settings.mixed_precision, recipe.runtime.device)
-
-
-def _precision(section: str, precision: str, device: str) -> Iterator[Finding]:
-    import torch
-
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    key = f"{section}.mixed_precision"
-    if precision == "fp16" and not on_gpu:
-        yield Finding("problem", key, "fp16 needs a GPU; use bf16 or no")
-    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        yield Finding("problem", key, "this GPU has no bf16; use fp16 or no")
+    sections = ["decouple"] if recipe.model.pretrained is not None else ["pretrain", "decouple"]
+    for key, error in preflight.settings_problems(recipe, sections):
+        yield Finding("problem", key, str(error).removeprefix(f"{key}: "))
 
 
 def _extra(package: str, extra: str, setting: str) -> Finding:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
-from deme_diffusion.decoupling.memory import free_memory
-from deme_diffusion.doctor.finding import Finding
-from deme_diffusion.pipeline.estimate import plan
-from deme_diffusion.pipeline.run import Run
-from deme_diffusion.pipeline.workbench import device_of
+import torch
 
+from deme_diffusion.decoupling.memory import altogether, free_memory
+from deme_diffusion.doctor.finding import Finding
+from deme_diffusion.errors import UserError
+from deme_diffusion.models.ddpm import DDPM
+from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.devices import device_of
+from deme_diffusion.models.families import family
+from deme_diffusion.pipeline.estimate import plan
+from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.pipeline.run import Run
+from deme_diffusion.pipeline.stages import job_of
+
+TRAININGS = ("pretrain", "decouple")
 ENOUGH = 1.1
 """The estimates are rough: what leaves less than a tenth is told."""
 
@@ -29,9 +38,38 @@ def findings(run: Run) -> Iterator[Finding]:
     yield compared("disk", planned["disk_bytes"], shutil.disk_usage(existing).free, f"in {existing}")
     device = device_of(run.recipe.runtime.device)
     free = free_memory(device)
-    for kind, needed in (planned["memory_bytes"] or {}).items():
+    memory = dict(planned["memory_bytes"] or {})
+    if (training := training_memory(run, device)) is not None:
+        memory["training"] = training
+    for kind, needed in memory.items():
         if free is not None and needed:
             yield compared(f"memory for {kind}", needed, free, f"on the {device.type}")
+
+
+def training_memory(run: Run, device: torch.device) -> int | None:
+    """Bytes of the largest training that is not done, by its own check; None before the base is here."""
+    graph, store = run.graph, run.store
+    missing = {node.stage: node for node in graph.nodes if node.stage in TRAININGS and store.find(node.key) is None}
+    base = _base(run) if missing else None
+    if base is None:
+        return None
+    runtime = graph.recipe.runtime
+    return max(altogether(base, job_of(graph.recipe, node), runtime, device) for node in missing.values())
+
+
+def _base(run: Run) -> Denoiser | None:
+    """The base, or one of its shape where it is to be trained."""
+    base, recipe = run.graph.base, run.recipe
+    if isinstance(base, Input):
+        folder = base.path
+    elif run.store.find(base.key) is None:
+        return DDPM.from_scratch(recipe.pretrain, out_seed=0)
+    else:
+        folder = run.store.folder(base.key)
+    try:
+        return None if folder is None else family(recipe.model.family).load(folder)
+    except UserError:  # which the checks of model and data tell
+        return None
 
 
 def compared(topic: str, needed: float, free: float, where: str) -> Finding:

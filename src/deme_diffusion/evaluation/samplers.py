@@ -22,7 +22,7 @@ def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> 
     """Raises UserError for a sampler that diffusers does not have, settings that it would ignore, too many steps."""
     name, steps = sampler.name, sampler.num_inference_steps
     if name not in names():
-        raise UserError(f"{key}: {name!r} is no sampler of diffusers for discrete schedules{nearest(name, names())}")
+        raise UserError(f"{key}: {name!r} is no sampler of diffusers for discrete schedules{_hint(name)}")
     if name in UNUSABLE:
         raise UserError(f"{key}: {name} cannot be used: {UNUSABLE[name]}")
     if steps > num_timesteps:
@@ -37,6 +37,12 @@ def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> 
         raise UserError(f"{key}: {steps} steps of {name}, which takes at most {steps - 1} of {num_timesteps} timesteps")
     if name == "PNDMScheduler" and steps < PNDM_STEPS:
         raise UserError(f"{key}: {steps} steps of {name}, which begins with Runge-Kutta and takes {PNDM_STEPS} or more")
+
+
+def _hint(name: str) -> str:
+    """The name that this one is the beginning of (`DDIM`), or the nearest one."""
+    begun = sorted((known for known in names() if known.lower().startswith(name.lower())), key=len)
+    return f"; did you mean {begun[0]!r}?" if name and begun else nearest(name, names())
 
 
 @cache

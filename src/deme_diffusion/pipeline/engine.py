@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Finished = Callable[[Node, Artefact, bool], None]
+TRAININGS = ("pretrain", "extractor", "decouple")
+"""Stages before the first of which `preflight` looks for what would stop the run later."""
 
 
 def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished) -> None:
@@ -75,11 +77,15 @@ def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finis
         return
     import torch
 
+    from deme_diffusion.pipeline import preflight
     from deme_diffusion.pipeline.stages import Stages
 
     stages = Stages(graph, store)
-    for node in nodes:
+    first = next((i for i, node in enumerate(nodes) if node.stage in TRAININGS), None)
+    for i, node in enumerate(nodes):
         torch.set_num_threads(threads_of(graph.recipe.runtime, alone=node.exclusive))
+        if i == first:
+            preflight.check(stages, nodes[i:])
         log.info("%s", node.label)
         make = stages.make(node) if channel is None else channel.shared(node, stages.make(node))
         finished(node, store.produce(node.key, make), False)
@@ -89,9 +95,13 @@ def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: i
     """Whatever is ready goes to a free process, the longest training first."""
     missing = {node.digest: node for node in nodes}
     running: dict[Future[float], Node] = {}
+    unchecked = any(node.stage in TRAININGS for node in nodes)
     with _environment(graph.recipe.runtime), _pool(graph, store, jobs) as pool:
         try:
             while missing or running:
+                if unchecked and not any(node.stage == "data" for node in (*missing.values(), *running.values())):
+                    pool.submit(_check, list(missing)).result()
+                    unchecked = False
                 ready = [n for n in missing.values() if not _parents_in(n, missing, running)]
                 for node in sorted(ready, key=lambda n: -n.steps)[: jobs - len(running)]:
                     log.info("%s", node.label)
@@ -169,12 +179,14 @@ def _pool(graph: Graph, store: Store, jobs: int) -> ProcessPoolExecutor:
 
 
 _worker: Any = None
+_opens: tuple[dict[str, Any], str] = ({}, "")
 _busy = _stopping = False
 
 
 def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -> None:
-    """A worker opens the graph once; on a machine with several GPUs it sees one of them."""
-    global _worker
+    """What a worker is, before its first job opens the graph; on a machine with several GPUs it sees one of them."""
+    global _opens
+    _opens = recipe, root
     number = numbers.get()
     os.environ["TQDM_POSITION"] = str(number)  # a line of the terminal for each process's progress bar
     devices = _visible_devices()
@@ -184,10 +196,16 @@ def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
 
-    from deme_diffusion.pipeline.stages import Stages
 
-    graph = Graph(Recipe.model_validate(recipe), download=True)
-    _worker = Stages(graph, Store(Path(root)))
+def _open() -> Any:
+    """The worker's stages, opened once: in a job, since of what an initializer raises the parent learns nothing."""
+    global _worker
+    if _worker is None:
+        from deme_diffusion.pipeline.stages import Stages
+
+        recipe, root = _opens
+        _worker = Stages(Graph(Recipe.model_validate(recipe), download=True), Store(Path(root)))
+    return _worker
 
 
 def _visible_devices() -> list[str]:
@@ -209,15 +227,24 @@ def _interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
 
+def _check(digests: Sequence[str]) -> None:
+    """The look ahead, in a worker, which keeps what it opens for the stages that it will make."""
+    from deme_diffusion.pipeline import preflight
+
+    stages = _open()
+    preflight.check(stages, [stages.graph.node(digest) for digest in digests])
+
+
 def _run_one(digest: str) -> float:
     global _busy
     started = time.perf_counter()
-    node = _worker.graph.node(digest)
     _busy = True
     try:
         if _stopping:
             raise KeyboardInterrupt
-        _worker.store.produce(node.key, _worker.make(node))
+        stages = _open()
+        node = stages.graph.node(digest)
+        stages.store.produce(node.key, stages.make(node))
     finally:
         _busy = False
     return time.perf_counter() - started

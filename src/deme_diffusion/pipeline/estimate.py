@@ -16,8 +16,11 @@ from deme_diffusion.pipeline.unet_cost import Cost
 FLOPS_PER_CORE = 5e10
 """Assumed rate of one CPU core; a run of digits reaches 58 GFLOP/s a core, its training steps alone 72."""
 HALF, SINGLE = 4e13, 2e13
-"""Assumed rates of one GPU in half precision, and in float32 with TF32 convolutions, which are torch's default."""
-ASSUMED = "at 40 TFLOP/s in fp16 or bf16 and 20 in float32, as of an A100; assumed, not measured"
+"""Assumed rates of one GPU in half precision, and in TF32: torch's default for sampling, `allow_tf32` in training."""
+ASSUMED = (
+    "at 40 TFLOP/s in fp16 or bf16 and 20 in TF32 (plain float32 takes about twice as long), as of an A100; "
+    "assumed, not measured"
+)
 KINDS = {"pretrain": "training", "decouple": "training", "search": "search", "sample": "sampling"}
 LONGEST_ON_CORES, SHORTEST_ON_GPU = 14 * 24 * 3600, 600
 """Seconds: what takes longer is nothing for cores; what takes less, no GPU would run at its rate."""

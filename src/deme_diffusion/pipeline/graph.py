@@ -21,6 +21,9 @@ from deme_diffusion.pipeline.inputs import (
 from deme_diffusion.pipeline.node import Node, Served, StageName, Vertices
 from deme_diffusion.report.cells import REAL_IMAGES
 
+SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
+"""Settings of `runtime` that change what serving costs."""
+
 
 class Graph(Vertices):
     """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of."""
@@ -239,6 +242,8 @@ class Graph(Vertices):
             parents |= {f"{served.name}/{i}": part for i, part in enumerate(served.parts)}
         sampler = self.recipe.evaluate.samplers[0]
         covered: dict[str, Any] = {"sampler": sampler.changed(), "models": [served.name for served in models]}
+        runtime = self.recipe.runtime.changed()  # it changes what is measured here, as it does nowhere else
+        covered |= {name: runtime[name] for name in SERVING if name in runtime}
         arguments = {"models": models, "sampler": sampler}
         # Timings mean nothing beside another training.
         return self._add("cost", "cost of serving", covered, parents, None, arguments=arguments, exclusive=True)

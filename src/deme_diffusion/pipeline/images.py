@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from deme_diffusion.config import DataSettings
+from deme_diffusion.config import DataSettings, EvaluateSettings
 from deme_diffusion.data.contents import content_digest
 from deme_diffusion.data.sources import Digits
 from deme_diffusion.errors import UserError
@@ -33,8 +34,8 @@ def source_of(settings: DataSettings, *, download: bool) -> Input:
 
 
 def identity(settings: DataSettings, source: Input) -> str:
-    """What a model's note of its training images calls them."""
-    return settings.source if settings.source == "digits" else source.digest
+    """What a model's note of its training images calls them; the mode is of it, since splits hash converted pixels."""
+    return settings.source if settings.source == "digits" else f"{source.digest} {settings.mode}"
 
 
 def indexed(settings: DataSettings) -> dict[str, Any]:
@@ -63,6 +64,14 @@ def check_fit(images: tuple[int, ...], model: tuple[int, ...], settings: DataSet
         remedy = f"set data.resolution={rows}" if rows == columns else "data.resolution makes squares only"
     had, wanted = f"{width}x{height} with {channels} channels", f"{columns}x{rows} with {taken} channels"
     raise UserError(f"data: the images are {had}, the model takes {wanted}; {remedy}")
+
+
+def check_enough(sizes: Mapping[str, int], settings: EvaluateSettings) -> None:
+    """Raises UserError where a split holds fewer images than a score that is taken on it."""
+    nearest = max(settings.neighbours, settings.density_neighbours) + 1
+    for split, least in (("train", nearest), ("search", 2), ("report", nearest)):
+        if sizes[split] < least:
+            raise UserError(f"data: the {split} split holds {sizes[split]} images, and scores need {least}; bring more")
 
 
 def _commit(name: str, revision: str, download: bool) -> str:

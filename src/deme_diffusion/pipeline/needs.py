@@ -168,9 +168,9 @@ def disk(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
         elif node.stage == "sample":
             used["images"] += recipe.evaluate.num_images * prod(cost.shape)
         elif node.stage == "data":
-            used["data"] += _stored_pixels(recipe, cost)
+            used["data"] += _stored_pixels(recipe, cost) + _copied(recipe)
         elif node.stage == "features":
-            used["features"] += FLOAT * _featured(recipe, node) * feature_width(recipe)
+            used["features"] += FLOAT * _featured(recipe, node) * (feature_width(recipe) + _classes(recipe))
         else:
             used["other"] += SMALL
     return used
@@ -182,11 +182,22 @@ def _stored_pixels(recipe: Recipe, cost: Cost) -> int:
     return stored if stored <= recipe.runtime.cache_images_gb * 1e9 else 0
 
 
+def _copied(recipe: Recipe) -> int:
+    """The copy of the hub's files that the data library makes to read them by row; a stream has none."""
+    hub = recipe.data.source == "hub" and not recipe.data.streaming
+    return int(known()["data"].get(recipe.data.path, {}).get("bytes") or 0) if hub else 0
+
+
 def _checkpoints(recipe: Recipe, node: Node, weights: int) -> int:
     """Weights, their average and Adam's two moments, the best so far; a new one is whole before an old one goes."""
     settings = trained_by(recipe, node)
     copies = 3 + settings.use_ema + (settings.keep == "best")
     return weights * copies * (recipe.runtime.checkpoints_total_limit + 1)
+
+
+def _classes(recipe: Recipe) -> int:
+    """Class logits kept beside an image's features; a classifier's own are few."""
+    return int(known()["inception"]["classes"]) if recipe.extractor.kind == "inception" else 0
 
 
 def feature_width(recipe: Recipe) -> int:

@@ -15,7 +15,7 @@ StageName = Literal[
 ]
 
 VERSIONS: dict[StageName, int] = {
-    "data": 1,
+    "data": 2,  # splits are shuffled once, max_images is a random choice
     "pretrain": 1,
     "extractor": 1,
     "decouple": 1,

@@ -59,7 +59,7 @@ class Run:
             changed = _first_difference(
                 there.model_dump(mode="json", exclude={"runtime"}), self.recipe.model_dump(mode="json")
             )
-            if changed:
+            if changed and self._has_results():
                 raise UserError(f"{self.folder}: holds another recipe ({changed}); choose another folder with --out")
         if not is_main():
             return
@@ -67,6 +67,13 @@ class Run:
             self.stages = self.recorded()
         write_text(resolved, to_yaml(self.recipe))
         self._note()
+
+    def _has_results(self) -> bool:
+        """Whether more than the index of this folder's images was made: else a corrected recipe may take its place."""
+        try:
+            return any("seconds" in entry and entry["stage"] != "data" for entry in self.recorded().values())
+        except (UserError, KeyError, TypeError):
+            return True
 
     def _note(self) -> None:
         # Every stage is named before it exists, so that a clean-up beside a run takes nothing away from it.
@@ -218,6 +225,13 @@ def _how(artefact: Artefact, reused: bool) -> str:
     return "done already" if reused else f"done in {artefact.seconds:.1f} s"
 
 
+def _first_command(folder: Path | None) -> str:
+    """What a run folder that is opened again was made by: resuming or reporting does not say how."""
+    with suppress(UserError):
+        return str(read_json(folder / RUN).get("command", "")) if folder else ""
+    return ""
+
+
 def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", download: bool = True) -> Run:
     """The run of a recipe in `out`, the folder it came from, or `runs/<recipe>` (`+<digest8>` with overrides)."""
     recipe, folder = loaded.recipe, out or loaded.folder
@@ -228,4 +242,4 @@ def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", down
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file, where a run needs a folder")
     store = Store(folder.parent / STORE)
-    return Run(recipe, folder, store, Graph(recipe, download=download), command)
+    return Run(recipe, folder, store, Graph(recipe, download=download), _first_command(loaded.folder) or command)

@@ -119,7 +119,6 @@ class Sampling:
         self.images.check(seeds)
         self.prepare()
         if is_main():
-            self.images.begin(seeds)
             _sample_into(self.images, seeds, self.sampler, self.runtime, self.opened)
         return self._made(seeds, grid)
 
@@ -196,15 +195,14 @@ def of_pipeline(folder: Path, recipe: Recipe, choice: SamplerChoice, images: Pat
     runtime = recipe.runtime
 
     def opened() -> Opened:
-        import torch
-
         from deme_diffusion.models import projection
+        from deme_diffusion.models.devices import device_of
         from deme_diffusion.models.families import family
 
+        device = device_of(runtime.device)
         denoiser = family(recipe.model.family).load(folder)
         module = projection.fold_into(denoiser.component_from(folder), part_of(folder, denoiser.component))
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        return denoiser, module.to(torch.device(auto if runtime.device == "auto" else runtime.device))
+        return denoiser, module.to(device)
 
     target = ImageFolder(images, format, _protocol(folder.resolve().name, found.digest, sampler))
     return Sampling(target, sampler, runtime, lambda: None, opened)
@@ -223,14 +221,17 @@ def _sample_into(
 ) -> None:
     import torch
 
-    from deme_diffusion.evaluation.sample import sample_batch, sample_seeds_to
+    from deme_diffusion.evaluation.sample import make_scheduler, sample_batch, sample_seeds_to
 
     todo = list(seeds) if images.format == "npy" else images.missing(seeds)
     log.info("%d of %d images are to be sampled", len(todo), len(seeds))
     if not todo:
+        images.begin(seeds)
         return
     torch.set_num_threads(threads_of(runtime, alone=True))
     denoiser, module = opened()
+    make_scheduler(denoiser, sampler)
+    images.begin(seeds)  # only now: a model or sampler that is refused leaves nothing behind
     size = runtime.sample_batch_size
     if images.format == "npy":
         sample_seeds_to(images.path, denoiser, module, sampler, seeds, batch_size=size, cursor_name=CURSOR)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from deme_diffusion.config import Recipe
 from deme_diffusion.data.index import make_index
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.decoupling.switches import switched
@@ -61,11 +62,8 @@ class Stages(Measuring):
         from deme_diffusion.models.ddpm import DDPM
 
         settings = self.recipe.pretrain
-        seed = seed_of_node(node)
-        denoiser = DDPM.from_scratch(settings, out_seed=seed)
-        everything = whole(denoiser.num_train_timesteps)
-        job = Job("base", settings, everything, settings.total_steps, settings.learning_rate, seed)
-        results = self._train(denoiser, job, folder)
+        denoiser = DDPM.from_scratch(settings, out_seed=seed_of_node(node))
+        results = self._train(denoiser, job_of(self.recipe, node), folder)
         if not is_main():
             return results
         # Into the module made here, not one read from the folder: diffusers would write the folder's path into config.
@@ -75,25 +73,7 @@ class Stages(Measuring):
         return results
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        settings, what = self.recipe.decouple, node.arguments
-        seed = seed_of_node(node) if not what["copy"] else seed_of(seed_of_node(node), "copy", what["copy"])
-        job = Job(
-            node.label,
-            settings,
-            what["subset"],
-            what["steps"],
-            what["learning_rate"],
-            seed,
-            global_prob=settings.global_prob,
-            consistency_weight=settings.consistency_weight,
-            projection=settings.projection,
-            timestep_sampling=settings.timestep_sampling,
-            antithetic=settings.antithetic,
-            teacher=settings.teacher,
-            teacher_update_steps=settings.teacher_update_steps,
-            teacher_dtype=settings.teacher_dtype,
-        )
-        return self._train(self.denoiser, job, folder)
+        return self._train(self.denoiser, job_of(self.recipe, node), folder)
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
@@ -186,6 +166,32 @@ class Stages(Measuring):
         assert artefact is not None, "a merge runs after its search"
         found = {key: artefact.results[key] for key in ("source", "value", "objective")}
         return list(artefact.results["weights"]), found
+
+
+def job_of(recipe: Recipe, node: Node) -> Job:
+    """What the training of a stage is: the base, an expert or a control."""
+    if node.stage == "pretrain":
+        pretrain = recipe.pretrain
+        everything = whole(pretrain.scheduler.num_train_timesteps)
+        return Job("base", pretrain, everything, pretrain.total_steps, pretrain.learning_rate, seed_of_node(node))
+    settings, what = recipe.decouple, node.arguments
+    seed = seed_of_node(node) if not what["copy"] else seed_of(seed_of_node(node), "copy", what["copy"])
+    return Job(
+        node.label,
+        settings,
+        what["subset"],
+        what["steps"],
+        what["learning_rate"],
+        seed,
+        global_prob=settings.global_prob,
+        consistency_weight=settings.consistency_weight,
+        projection=settings.projection,
+        timestep_sampling=settings.timestep_sampling,
+        antithetic=settings.antithetic,
+        teacher=settings.teacher,
+        teacher_update_steps=settings.teacher_update_steps,
+        teacher_dtype=settings.teacher_dtype,
+    )
 
 
 def _experts(node: Node) -> list[Node | Input]:

@@ -9,7 +9,7 @@ from typing import Any
 from deme_diffusion.artefacts import Store
 from deme_diffusion.division import name_of
 from deme_diffusion.evaluation.metrics import mean_and_spread
-from deme_diffusion.evaluation.scores import PUBLISHED, SPLITS
+from deme_diffusion.evaluation.scores import MOST_NEIGHBOURS_IMAGES, PUBLISHED, SPLITS
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import COSTS, METRICS, Node
 from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row
@@ -106,7 +106,8 @@ def _compared_with(graph: Graph, first: dict[str, Any], score: str) -> dict[str,
     if score in NAMED:
         return against
     neighbours = settings.neighbours if score in ("precision", "recall") else settings.density_neighbours
-    return {**against, "neighbours": neighbours, "manifold": first["manifold_images"]}
+    n, manifold = (min(size, MOST_NEIGHBOURS_IMAGES) for size in (settings.num_images, first["manifold_images"]))
+    return {**against, "neighbours": neighbours, "manifold": manifold, "n": n}
 
 
 def _values(by_seed: dict[int, dict[str, Any]], sampler: str, score: str) -> tuple[list[float], int]:

@@ -17,6 +17,7 @@ from deme_diffusion.division import from_runs
 from deme_diffusion.files import part_of
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.devices import device_of
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
 from deme_diffusion.models.objective import FixedNoise
@@ -43,6 +44,7 @@ class Workbench:
         folder = self.folder(data) if isinstance(data, Node) else None
         splits = load_splits(self.recipe.data, folder, self.graph.source.commit)
         images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
+        images.check_enough({name: len(split) for name, split in splits.items()}, self.recipe.evaluate)
         return splits
 
     @property
@@ -100,8 +102,3 @@ def ranges_of_node(node: Node) -> list[list[list[int]]]:
     ranges: Any = node.key.settings["ranges"]
     assert all(len(from_runs(runs)) for runs in ranges)
     return list(ranges)
-
-
-def device_of(name: str) -> torch.device:
-    """The device that `runtime.device` names; `auto` is CUDA where there is any."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

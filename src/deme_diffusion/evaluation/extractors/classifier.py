@@ -58,12 +58,22 @@ class Classifier(Extractor):
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(b, features): what a metric is measured in."""
         # A 2 x 2 grid keeps where strokes are, which a mean over all space would lose.
-        return F.silu(self.embed(F.adaptive_avg_pool2d(self.trunk(images), 2).flatten(1)))
+        hidden = self.trunk(images)
+        strict = hidden.is_cuda and torch.are_deterministic_algorithms_enabled()
+        cells = quarter_means(hidden) if strict else F.adaptive_avg_pool2d(hidden, 2)
+        return F.silu(self.embed(cells.flatten(1)))
 
     def outputs(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, d) and the logits of the recipe's classes."""
         features = self.features(inputs)
         return features, self.classify(features)
+
+
+def quarter_means(hidden: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w) -> (b, c, 2, 2): adaptive pooling, but for last bits, whose gradient on a GPU is deterministic."""
+    rows, columns = ((slice(0, (n + 1) // 2), slice(n // 2, n)) for n in hidden.shape[2:])
+    means = [hidden[:, :, row, column].mean((2, 3)) for row in rows for column in columns]
+    return torch.stack(means, 2).reshape(*hidden.shape[:2], 2, 2)
 
 
 class SmallClassifier(Classifier):
@@ -158,13 +168,18 @@ def train_extractor(
     return {"train_accuracy": accuracy(model, train), "held_out_accuracy": accuracy(model, held_out)}
 
 
-def _fresh(train: Split, settings: ExtractorSettings, classes: int) -> Classifier:
-    in_channels, height, width = train.shape
+def check_stages(settings: ExtractorSettings, height: int, width: int) -> None:
+    """Raises UserError where images are too small to be halved so often."""
     least = 2 ** (settings.stages + 1)
     if settings.stages > 1 and min(height, width) < least:
         raise UserError(
             f"extractor.stages={settings.stages} needs images of {least} pixels or more, these are {height}x{width}"
         )
+
+
+def _fresh(train: Split, settings: ExtractorSettings, classes: int) -> Classifier:
+    in_channels, height, width = train.shape
+    check_stages(settings, height, width)
     shape = {"channels": settings.channels, "features": settings.features, "classes": classes}
     if settings.stages == 1:
         return SmallClassifier(in_channels, size=(height, width), **shape)

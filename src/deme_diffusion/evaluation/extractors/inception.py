@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -62,19 +63,30 @@ def load_inception(file: Path) -> Inception:
 def _read(file: Path) -> State:
     if file.suffix == ".safetensors":
         return load_state(file)
-    if _is_torchscript(file):
-        raise UserError(
-            f"{file}: a TorchScript program (NVIDIA's inception-2015-12-05.pt?), which is never run; "
-            "take the state dict pt_inception-2015-12-05-6726825d.pth"
-        )
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{file}: no readable state dict ({reason[:120]}); fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        if _is_torchscript(file):
+            raise UserError(
+                f"{file}: a TorchScript program (NVIDIA's inception-2015-12-05.pt?), which is never run; "
+                "take the state dict pt_inception-2015-12-05-6726825d.pth"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols, which rubbish begins with
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a reader of pickles makes of bytes that are none
+        raise UserError(f"{file}: no readable state dict ({_reason(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f"{file}: no state dict, which maps names to tensors")
     return state
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "it holds Python objects beside tensors, which are never unpickled; take the published file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is no whole file of torch.save; fetch it again"
 
 
 def _is_torchscript(file: Path) -> bool:

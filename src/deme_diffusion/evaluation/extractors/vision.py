@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -77,17 +78,38 @@ def load_vision_model(folder: Path) -> VisionModel:
     except ImportError:
         raise UserError(MISSING) from None
     pil = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    try:
-        with _quiet():
+    with _quiet():
+        with _refusing(folder, "its preprocessor_config.json cannot be used"):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, **pil)
+        with _refusing(folder, "its config.json and weights cannot be loaded"):
             architecture = _projecting(folder) or "AutoModel"
-            model = getattr(transformers, architecture).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
+            model, found = getattr(transformers, architecture).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
+        # Which transformers would make up at random, telling no more than a warning.
+        wrong = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        if wrong:
+            what = f"{len(wrong)} weights of its model are missing, or of another shape, as {wrong[0]}"
+            raise UserError(f"{folder}: no vision model of transformers: {what}")
+        with _refusing(folder, "its model cannot run on an image as its preprocessor_config.json makes it"):
             return VisionModel(model.float().eval(), processor)
-    except Exception as error:  # a dozen kinds, by which transformers says that the folder is of another kind
+
+
+@contextmanager
+def _refusing(folder: Path, what: str) -> Iterator[None]:
+    """As UserError the dozen kinds of errors by which transformers says that a folder is broken, or of another kind."""
+    try:
+        yield
+    except ZeroDivisionError:
+        raise UserError(f"{folder}: no vision model of transformers: {what} (a size or a count in it is 0)") from None
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise UserError(f"{folder}: no vision model of transformers ({type(error).__name__}: {reason[:150]})") from None
+        reason = f"{type(error).__name__}: {shorten(reason, 150, placeholder=' ...')}"
+        raise UserError(f"{folder}: no vision model of transformers: {what} ({reason})") from None
 
 
 def _projecting(folder: Path) -> str | None:
