@@ -398,8 +398,8 @@ def test_waiting_for_batches_is_counted_and_told_once(
             now[0] += 10.0
             yield []
 
-    batches = Waited(slow(), name="expert 0", workers=workers)
-    for number, _ in enumerate(batches):
+    batches = Waited("expert 0", workers)
+    for number, _ in enumerate(batches.over(slow())):
         now[0] += 30.0
         batches.tell()
         assert bool(caplog.messages) == (number > 0)  # the first 60 s are not judged

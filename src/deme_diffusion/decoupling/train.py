@@ -131,13 +131,11 @@ def _train(
         bar = tqdm(total=job.steps * order.step_size, initial=progress.step * order.step_size, desc=job.name,
                    unit="img", disable=None if main else True)  # fmt: skip
         workers = runtime.dataloader_num_workers
-        batches = Waited(
-            steps(images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=workers),
-            name=job.name,
-            workers=workers,
-        )
+        waited = Waited(job.name, workers)
         with bar, journal:
-            for micro_batches in batches:
+            for micro_batches in waited.over(
+                steps(images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=workers)
+            ):
                 if _finished(progress, settings.early_stopping):
                     break
                 for group in optimizer.param_groups:
@@ -166,7 +164,7 @@ def _train(
                         preview(unwrapped.eval(), folder / "previews" / f"{progress.step:08d}.png")
                         unwrapped.train()
                 if main and (progress.step % runtime.logging_steps == 0 or last):
-                    batches.tell()
+                    waited.tell()
                 if bar.disable and (progress.step % runtime.logging_steps == 0 or last):
                     _say(job, progress, losses, seen / (time.perf_counter() - started), order.step_size)
                 if processes == 1 or last:  # in the last step too: the stages that follow must stop as well
@@ -180,7 +178,7 @@ def _train(
     # -- what is left ------------------------------------------------------------------------------
     speed = seen / (time.perf_counter() - started)
     results = {"steps": progress.step, "updates": progress.updates, "images_per_second": round(speed, 1),
-               "waiting": round(batches.share, 4)}  # fmt: skip
+               "waiting": round(waited.share, 4)}  # fmt: skip
     return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder)} if main else results
 
 

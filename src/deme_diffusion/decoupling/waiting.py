@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from deme_diffusion.data.loading import Batch
 
@@ -16,17 +16,17 @@ SETTLED = 60.0
 
 
 class Waited:
-    """Iterates over steps of micro-batches, and counts the seconds that the loop waits for them.
+    """Counts the seconds that a training's loop waits for its steps' micro-batches.
 
     Without loader workers the batches are made in that time. The first one does not count: workers start with it.
     """
 
-    def __init__(self, batches: Iterable[list[Batch]], *, name: str, workers: int) -> None:
-        self.batches, self.name, self.workers = batches, name, workers
+    def __init__(self, name: str, workers: int) -> None:
+        self.name, self.workers = name, workers
         self.seconds, self._started, self._told = 0.0, 0.0, False
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        batches = iter(self.batches)
+    def over(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """The same batches. They are not kept: loader workers end when the loop lets go of them, by an error too."""
         if (first := next(batches, None)) is None:
             return
         self._started = time.perf_counter()

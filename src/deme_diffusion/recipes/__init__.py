@@ -41,7 +41,8 @@ def load(reference: str, overrides: Iterable[str] = (), *, as_it_stands: bool = 
     """
     path, folder = _find(reference)
     count = 1 if as_it_stands else processes.count()
-    changes = {} if count == 1 else {f"{section}.processes": count for section in ("pretrain", "decouple")}
+    # What a launch does in many processes it does one training at a time; jobs that a command asks for are refused.
+    changes = {} if count == 1 else {"pretrain.processes": count, "decouple.processes": count, "runtime.jobs": 1}
     changes |= dict(_override(text) for text in overrides)
     values = _resolved(path)
     for dotted, value in changes.items():
