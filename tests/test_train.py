@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -417,6 +418,18 @@ def test_a_training_says_how_much_it_waited(
     monkeypatch.setattr(waiting, "MOST", 0.0)
     train(make_pico_denoiser(), images, job(), tmp_path / "long", runtime=runtime(logging_steps=1))
     assert len([line for line in caplog.messages if "waiting for batches" in line]) == 1
+
+
+def test_loader_workers_end_with_an_error_that_is_still_held(tmp_path: Path, images: Split) -> None:
+    """Or a program that fails would wait for them at its end: they leave signals to their parent."""
+
+    def failing(losses: dict[int, torch.Tensor]) -> torch.Tensor:
+        assert len(multiprocessing.active_children()) == 2
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as held:
+        train(make_pico_denoiser(), images, job(), tmp_path, runtime=runtime(dataloader_num_workers=2), combine=failing)
+    assert held.tb and not multiprocessing.active_children()
 
 
 def test_an_expert_validates_by_its_own_timesteps(tmp_path: Path, images: Split, held_out: Split) -> None:
