@@ -169,7 +169,7 @@ def test_a_run_of_two_processes_is_not_taken_up_by_one(said: dict[str, list[dict
     "call, status, line",
     [
         ("jobs", 2, "runtime.jobs=2: each training runs in all 2 processes of this launch"),
-        ("fp16", 2, "mixed_precision: fp16 needs a GPU"),
+        ("fp16", 2, "decouple.mixed_precision: fp16 needs a GPU"),
         ("full disk", 1, "checkpoint: no space left on device"),
     ],
 )

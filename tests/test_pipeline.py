@@ -79,19 +79,28 @@ def executed(values: Values, folder: Path) -> Run:
     ("key", "value"),
     [
         ("jobs", 2),
-        ("threads", 2),
         ("dataloader_num_workers", 1),
         ("checkpointing_steps", 1),
         ("checkpoints_total_limit", 3),
         ("logging_steps", 1),
         ("preview_steps", 1),
         ("sample_batch_size", 3),
-        ("resident_experts", 1),
-        ("device", "cuda"),
     ],
 )
 def test_runtime_settings_change_no_digest(pico_values: Values, key: str, value: Any) -> None:
     assert digests(graph_of(pico_values, **{f"runtime__{key}": value})) == digests(graph_of(pico_values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("threads", 2), ("resident_experts", 1), ("device", "cuda"), ("compile", True), ("channels_last", True)],
+)
+def test_runtime_settings_that_serving_costs_depend_on_change_that_digest_alone(
+    pico_values: Values, key: str, value: Any
+) -> None:
+    there, here = graph_of(pico_values, **{f"runtime__{key}": value}), graph_of(pico_values)
+    assert there.cost.digest != here.cost.digest
+    assert [n.digest for n in there.nodes if n.stage != "cost"] == [n.digest for n in here.nodes if n.stage != "cost"]
 
 
 def test_description_and_name_change_no_digest(pico_values: Values) -> None:
