@@ -18,7 +18,7 @@ from deme_diffusion.pipeline.inputs import (
     resolve,
     timesteps_of,
 )
-from deme_diffusion.pipeline.node import Node, Served, StageName, Vertices
+from deme_diffusion.pipeline.node import Node, Served, Vertices
 from deme_diffusion.report.cells import REAL_IMAGES
 
 SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
@@ -56,18 +56,10 @@ class Graph(Vertices):
 
     # -- stages ------------------------------------------------------------------------------------
 
-    def _add(
-        self,
-        stage: StageName,
-        label: str,
-        settings: Mapping[str, Any],
-        parents: Mapping[str, Node | Input],
-        seed: int | None,
-        **options: Any,
-    ) -> Node:
-        if "data" in parents and (seen := images.seen(self.recipe.data)):
-            settings = {**settings, "data": seen}
-        return super()._add(stage, label, settings, parents, seed, **options)
+    def _covered(self, settings: Mapping[str, Any], parents: Mapping[str, Node | Input]) -> Mapping[str, Any]:
+        """What a key covers: of a stage that looks at images, also how it sees them."""
+        seen = images.seen(self.recipe.data) if "data" in parents else {}
+        return {**settings, "data": seen} if seen else settings
 
     def _data(self) -> Node | Input:
         """The embedded images as they are; all others are indexed first."""

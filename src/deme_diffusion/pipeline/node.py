@@ -76,12 +76,17 @@ class Vertices:
         seed: int | None,
         **options: Any,
     ) -> Node:
-        key = Key(stage, VERSIONS[stage], settings, {name: parent.digest for name, parent in parents.items()}, seed)
+        inputs = {name: parent.digest for name, parent in parents.items()}
+        key = Key(stage, VERSIONS[stage], self._covered(settings, parents), inputs, seed)
         known = next((node for node in self.nodes if node.digest == key.digest and node.stage == stage), None)
         if known is not None:
             return known
         self.nodes.append(Node(key, label, parents, **options))
         return self.nodes[-1]
+
+    def _covered(self, settings: Mapping[str, Any], parents: Mapping[str, Node | Input]) -> Mapping[str, Any]:
+        """The settings that enter a stage's key."""
+        return settings
 
     def node(self, digest: str) -> Node:
         """The stage of that digest."""
