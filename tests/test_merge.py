@@ -18,7 +18,8 @@ from torch import nn
 from conftest import component, make_pico_denoiser
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.apply import METADATA_KEY, Merger, write_merged, write_pipeline
-from deme_diffusion.merging.methods import METHODS, method
+from deme_diffusion.merging.methods import function
+from deme_diffusion.merging.table import METHODS
 from deme_diffusion.merging.vectors import TaskVector, Weight, interpolate
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
@@ -485,11 +486,11 @@ def test_expert_of_another_architecture_is_a_user_error(tmp_path: Path, base: Pa
 
 def test_unknown_method_is_a_user_error_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'task_arithmetic'"):
-        method("task_arithmetics")
+        function("task_arithmetics")
 
 
 def test_every_method_cites_its_source() -> None:
-    assert all("arXiv" in row.source for row in METHODS.values())
+    assert all(("arXiv" in row.source or "doi" in row.source) for row in METHODS.values())
 
 
 # files

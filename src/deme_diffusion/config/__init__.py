@@ -5,14 +5,9 @@ value, so an ablation is one override.
 """
 
 from deme_diffusion.config.base import Settings
-from deme_diffusion.config.evaluation import (
-    EvaluateSettings,
-    ExtractorSettings,
-    LossSettings,
-    MergeSettings,
-    SamplerSettings,
-)
+from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, LossSettings, SamplerSettings
 from deme_diffusion.config.inputs import AugmentSettings, DataSettings, ModelSettings, ScheduleSettings, UNetSettings
+from deme_diffusion.config.merging import MergeSettings, MethodName, MethodOptions
 from deme_diffusion.config.recipe import Recipe, RuntimeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, TrainSettings
 
@@ -24,6 +19,8 @@ __all__ = [
     "ExtractorSettings",
     "LossSettings",
     "MergeSettings",
+    "MethodName",
+    "MethodOptions",
     "ModelSettings",
     "PretrainSettings",
     "Recipe",

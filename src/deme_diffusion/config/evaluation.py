@@ -1,4 +1,4 @@
-"""How models are sampled, merged and measured."""
+"""How models are sampled and measured."""
 
 from __future__ import annotations
 
@@ -60,26 +60,6 @@ class LossSettings(Settings):
     num_images: Positive | None = Field(None, description="the first so many images of the split; null is all")
     draws: Positive = 4
     seed: int = 0
-
-
-class MergeSettings(Settings):
-    """How the experts become one model (Sec. 3.3); `method=none` serves the ensemble, `search=none` is uniform."""
-
-    method: Literal["task_arithmetic", "none"] = "task_arithmetic"
-    weights: tuple[float, ...] | None = Field(None, description="given weights, one an expert; needs search=none")
-    search: Literal["none", "least_squares", "grid"] = "least_squares"
-    ridge: float = Field(1e-3, ge=0.0, description="pull of least squares towards 0, relative to A's mean diagonal")
-    scales: tuple[float, ...] = Field((0.5, 1.0, 1.5), description="multiples of the least-squares weights to score")
-    grid_values: tuple[float, ...] = Field((0.0, 0.25, 0.5), description="values a weight takes in the grid")
-    max_evaluations: Positive = Field(128, description="a search that would score more candidates is refused")
-    num_images: Positive = Field(1000, description="images a candidate is scored on, with common seeds")
-    sampler: SamplerSettings = SamplerSettings(num_inference_steps=20)
-
-    @model_validator(mode="after")
-    def _weights_or_search(self) -> Self:
-        if self.weights is not None and self.search != "none":
-            raise ValueError(f"weights are given, so search must be none, not {self.search}")
-        return self
 
 
 class EvaluateSettings(Settings):

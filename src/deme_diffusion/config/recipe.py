@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from deme_diffusion.config.base import NonNegative, Positive, Settings
-from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings, MergeSettings
+from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings
 from deme_diffusion.config.inputs import DataSettings, ModelSettings
+from deme_diffusion.config.merging import MergeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deme_diffusion.errors import UserError
-from deme_diffusion.merging.methods import method
+from deme_diffusion.merging.methods import Parameter, function
 from deme_diffusion.merging.vectors import Weight, wide
 from deme_diffusion.models import projection
 from deme_diffusion.models.placement import is_block, operations
@@ -34,7 +34,7 @@ class Merger:
     """A base and N experts, opened and checked; `tensor` merges one parameter at a time."""
 
     def __init__(self, base: Path, experts: Sequence[Path], name: str = "task_arithmetic") -> None:
-        self.method, self._stack = method(name), ExitStack()
+        self.method, self._stack = function(name), ExitStack()
         self.base = self._stack.enter_context(Weights(base))
         self.experts = [self._stack.enter_context(Weights(folder)) for folder in experts]
         for expert in self.experts:
@@ -81,9 +81,8 @@ class Merger:
         base = self.base.tensor(key)
         if not base.is_floating_point():
             return base  # a buffer of indices or counts, which no task vector can move
-        merged = self.method.merge(
-            Weight(base), [Weight(expert.tensor(key)) for expert in self.experts], list(weights)
-        ).value
+        experts = [Weight(expert.tensor(key)) for expert in self.experts]
+        merged = self.method(Parameter(key, Weight(base), experts, list(weights))).value
         for place in self._onto.get(key.rpartition(".")[0], ()):
             matrix = self.merged_matrix(place, weights)
             merged = merged if matrix is None else fold_tensor(merged, matrix)

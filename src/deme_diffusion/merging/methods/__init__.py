@@ -1,0 +1,46 @@
+"""Merge methods: pure functions over the tensors of one parameter. `merging.table` says what each is and takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+
+import torch
+
+from deme_diffusion.config import MethodOptions
+from deme_diffusion.merging.table import method
+from deme_diffusion.merging.vectors import TaskVector, Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """What a method sees of one parameter: theta, every theta_i, w_i, all tensors of one shape.
+
+    `options` are resolved: none that the method takes is None, but TSV's rank. `thresholds`: of TIES with trim=global,
+    the |tau_i| that an entry must reach. `fisher`: of the Fisher method, the diagonal information F_i, shaped as theta.
+    `name` keys random masks, so that they depend on no order of the parameters.
+    """
+
+    name: str
+    base: Weight
+    experts: Sequence[Weight]
+    weights: Sequence[float]
+    options: MethodOptions = field(default_factory=MethodOptions)
+    thresholds: Sequence[float] | None = None
+    fisher: Sequence[torch.Tensor] | None = None
+
+    @cached_property
+    def vectors(self) -> list[TaskVector]:
+        """tau_i = theta_i - theta."""
+        return [expert - self.base for expert in self.experts]
+
+
+Merge = Callable[[Parameter], Weight]
+
+
+def function(name: str) -> Merge:
+    """The function of a method. Raises UserError for an unknown name."""
+    merge: Merge = getattr(import_module(f"{__name__}.{method(name).module}"), name)
+    return merge
