@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -51,10 +52,15 @@ def interpolate(base: Weight, experts: list[Weight], weights: list[float]) -> We
     w = 0 gives the base and a one-hot w its expert, to the bit: no term of factor 0 is added.
     """
     factors = [1.0 - math.fsum(weights), *weights]
-    terms = [w * wide(part.value) for w, part in zip(factors, [base, *experts], strict=True) if w]
+    terms = (w * wide(part.value) for w, part in zip(factors, [base, *experts], strict=True) if w)
     return Weight(reduce(torch.add, terms))
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or in float64 where it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def slices(size: int, step: int = 1 << 18) -> Iterator[slice]:
+    """[0, size) in pieces that fit a processor's cache."""
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))

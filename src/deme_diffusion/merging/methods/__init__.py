@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import import_module
 
 import torch
 
 from deme_diffusion.config import MethodOptions
 from deme_diffusion.merging.table import method
-from deme_diffusion.merging.vectors import TaskVector, Weight
+from deme_diffusion.merging.vectors import Weight, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +30,16 @@ class Parameter:
     thresholds: Sequence[float] | None = None
     fisher: Sequence[torch.Tensor] | None = None
 
-    @cached_property
-    def vectors(self) -> list[TaskVector]:
-        """tau_i = theta_i - theta."""
-        return [expert - self.base for expert in self.experts]
+    def vector(self, i: int) -> torch.Tensor:
+        """tau_i = theta_i - theta, contiguous, made anew at each call: a method holds as many as it needs."""
+        return (self.experts[i] - self.base).value.contiguous()
+
+    def start(self) -> torch.Tensor:
+        """A copy of theta to add to, contiguous, in the widest dtype of all."""
+        dtype = torch.float32
+        for part in (self.base, *self.experts):
+            dtype = torch.promote_types(dtype, part.value.dtype)
+        return wide(self.base.value).to(dtype, copy=True).contiguous()
 
 
 Merge = Callable[[Parameter], Weight]
