@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deme_diffusion import files
-from deme_diffusion.errors import MachineError
+from deme_diffusion.errors import MachineError, UserError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 TEXTS = st.text()
@@ -136,6 +136,62 @@ def test_write_json_refuses_nan_before_touching_the_file(tmp_path: Path) -> None
     with pytest.raises(ValueError):
         files.write_json(tmp_path / "a.json", {"fid": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+# folders that become what they were built for
+
+
+def test_folder_is_built_under_a_hidden_name_and_renamed(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with files.building(out) as hidden:
+        assert hidden.parent == out.parent and hidden.name.startswith(".")
+        (hidden / "a").write_text("a")
+        assert not out.exists()
+    assert (out / "a").read_text() == "a"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_failure_leaves_no_folder_and_a_dead_one_s_leftovers_go(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), files.building(out) as hidden:
+        (hidden / "a").write_text("a")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    (hidden / "b").mkdir(parents=True)
+    (hidden / "c").write_text("c")
+    with files.building(out) as again:
+        assert again == hidden and not list(again.iterdir())
+
+
+def test_one_file_may_become_the_name_its_siblings_next_to_it(tmp_path: Path) -> None:
+    with files.building(tmp_path / "x.bin", chosen="whole") as hidden:
+        (hidden / "whole").write_text("w")
+        (hidden / "notes.json").write_text("n")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.bin": "w", "x.notes.json": "n"}
+
+
+def test_two_builders_of_one_name_and_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with files.building(out):
+        with pytest.raises(MachineError, match=f"cannot write {out}: another process"), files.building(out):
+            pass
+        with files.building(tmp_path / "other"):
+            pass
+    with pytest.raises(UserError, match="somebody else has made it"), files.building(tmp_path / "third"):
+        (tmp_path / "third").mkdir()
+        (tmp_path / "third" / "mine").write_text("mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "third"]
+    assert (tmp_path / "third" / "mine").read_text() == "mine"
+
+
+def test_trouble_in_a_hidden_folder_is_told_under_the_final_name(tmp_path: Path) -> None:
+    message = f"^cannot write {tmp_path}/out/a.bin: No space left on device$"
+    with (
+        pytest.raises(MachineError, match=message),
+        files.building(tmp_path / "out") as hidden,
+        files.replacing(hidden / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # jsonl

@@ -12,7 +12,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme_diffusion.config import Recipe
-from deme_diffusion.merging.apply import Merger, write_pipeline
+from deme_diffusion.merging.apply import Merger
+from deme_diffusion.merging.checkpoints import locate
+from deme_diffusion.merging.write import write_into
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.weights import WEIGHTS_NAME, Weights, modern_name
@@ -85,7 +87,7 @@ def test_recipe_on_a_flat_folder_knows_its_timesteps(flat: Path, pico_recipe: Re
 
 def test_merge_onto_a_flat_base_loads_in_stock_diffusers(modern: Path, flat: Path, tmp_path: Path) -> None:
     with Merger(flat, [modern / "unet"]) as merger:
-        write_pipeline(merger, [0.5], flat, "unet", tmp_path)
+        write_into(merger, [0.5], locate(flat, what="base"), tmp_path)
     merged = DDPMPipeline.from_pretrained(tmp_path)
     base = UNet2DModel.from_pretrained(modern / "unet").state_dict()
     assert merged.unet.state_dict().keys() == base.keys()

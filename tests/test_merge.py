@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import component, make_pico_denoiser
+from deme_diffusion.config import MethodOptions
 from deme_diffusion.errors import UserError
-from deme_diffusion.merging.apply import METADATA_KEY, Merger, write_merged, write_pipeline
-from deme_diffusion.merging.methods import function
+from deme_diffusion.merging.apply import Merger
+from deme_diffusion.merging.checkpoints import locate
+from deme_diffusion.merging.methods import Parameter, function
+from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.table import METHODS
 from deme_diffusion.merging.vectors import TaskVector, Weight, interpolate
+from deme_diffusion.merging.write import METADATA_KEY, write_into, write_merged
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.placement import residual_places
@@ -279,6 +285,39 @@ def test_merging_folded_experts_would_be_another_model(
                  {k: folded_first[k] for k in merged if k.rpartition(".")[0] not in places}, 1e-6)  # fmt: skip
 
 
+def test_other_methods_take_projections_as_parameters_of_their_own(
+    base: Path, projected: list[Path], base_state: State, matrices: list[State], places: list[str]
+) -> None:
+    with Merger(base, projected, "ties", MethodOptions(density=0.5)) as merger:
+        merged = merger.state([0.3, 0.2, 0.6])
+    with Merger(base, [component_without(folder) for folder in projected], "ties", MethodOptions(density=0.5)) as plain:
+        unfolded = plain.state([0.3, 0.2, 0.6])
+    ties = function("ties")
+    for place in places:
+        zeros = torch.zeros_like(matrices[0][place])
+        given = [Weight(own.get(place, zeros)) for own in matrices]
+        d = ties(Parameter("d", Weight(zeros), given, [0.3, 0.2, 0.6], MethodOptions(density=0.5, trim="tensor"))).value
+        expected = fold({f"{place}.weight": unfolded[f"{place}.weight"]}, {place: d})
+        assert torch.equal(merged[f"{place}.weight"], expected[f"{place}.weight"])
+
+
+def component_without(folder: Path) -> Path:
+    """A copy of an expert without its projections."""
+    copy = shutil.copytree(folder, folder.with_name("plain"), dirs_exist_ok=True)
+    (copy / projection.FILE).unlink(missing_ok=True)
+    return copy
+
+
+def test_a_kept_tensor_is_its_expert_s_folded_one_and_one_kept_from_the_base_is_the_base_s(
+    base: Path, projected: list[Path], base_state: State, states: list[State], matrices: list[State], places: list[str]
+) -> None:
+    key, other = f"{places[0]}.weight", f"{places[1]}.weight"
+    with Merger(base, projected) as merger:
+        merged = merger.state(MergeWeights((0.3, 0.2, 0.6), keep={f"{places[0]}.*": 2, f"{places[1]}.*": "base"}))
+    assert torch.equal(merged[key], fold(states[2], matrices[2])[key])
+    assert torch.equal(merged[other], base_state[other])
+
+
 def test_projection_of_a_place_that_the_base_lacks_is_a_user_error(
     tmp_path: Path, base: Path, states: list[State], places: list[str]
 ) -> None:
@@ -440,7 +479,7 @@ def test_non_finite_expert_is_a_user_error_that_names_the_tensor(
     broken = {key: value.clone() for key, value in states[0].items()}
     broken["conv_in.bias"][1] = bad
     with Merger(base, [component(tmp_path / "unet", broken)]) as merger:
-        with pytest.raises(UserError, match=r"conv_in\.bias: the merged tensor is not finite"):
+        with pytest.raises(UserError, match=r"conv_in\.bias: the merged tensor is not finite: NaN or .* in .*unet"):
             merger.state([0.5])
         assert torch.isfinite(merger.tensor("conv_in.weight", [0.5])).all()
         with pytest.raises(UserError, match=r"conv_in\.bias"):
@@ -452,14 +491,15 @@ def test_non_finite_projection_is_a_user_error_that_names_the_tensor(
 ) -> None:
     expert = component(tmp_path / "unet", states[0])
     projection.save(expert, {places[0]: matrices[0][places[0]] * math.nan})
-    with Merger(base, [expert]) as merger, pytest.raises(UserError, match=f"{places[0]}.*not finite"):
+    message = f"{places[0]}.*not finite: NaN or infinity in {expert}/projection"
+    with Merger(base, [expert]) as merger, pytest.raises(UserError, match=message):
         merger.state([0.5])
 
 
 def test_overflow_of_half_precision_is_a_user_error(tmp_path: Path) -> None:
     states = [{"w": torch.tensor([value], dtype=torch.float16)} for value in (1.0, 60000.0)]
     base, expert = (component(tmp_path / str(i), state) for i, state in enumerate(states))
-    with Merger(base, [expert]) as merger, pytest.raises(UserError, match="w: the merged tensor is not finite"):
+    with Merger(base, [expert]) as merger, pytest.raises(UserError, match=r"w: .*not finite: too large for float16"):
         merger.state([2.0])
 
 
@@ -543,20 +583,20 @@ def test_every_shard_carries_the_weights_and_the_recipe(tmp_path: Path, base_sta
 def test_interrupted_merge_leaves_no_model_under_the_final_name(
     tmp_path: Path, base: Path, experts: list[Path], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    real, done = Merger.tensor, list[str]()
+    real, done, threads = Merger.part, list[str](), threading.active_count()
 
-    def failing(self: Merger, key: str, weights: Sequence[float]) -> torch.Tensor:
+    def failing(self: Merger, key: str, *others: Any) -> torch.Tensor:
         done.append(key)
         if len(done) == 10:
             raise error
-        return real(self, key, weights)
+        return real(self, key, *others)
 
-    monkeypatch.setattr(Merger, "tensor", failing)
+    monkeypatch.setattr(Merger, "part", failing)
     with Merger(base, experts) as merger, pytest.raises(error):
         write_merged(merger, [0.1, 0.1, 0.1], tmp_path / "out")
     assert len(done) == 10
-    assert not list((tmp_path / "out").glob("*.safetensors*"))
     assert not list((tmp_path / "out").iterdir())
+    assert threading.active_count() == threads
 
 
 def test_interrupted_merge_over_an_older_model_keeps_the_older(
@@ -565,7 +605,7 @@ def test_interrupted_merge_over_an_older_model_keeps_the_older(
     with Merger(base, experts) as merger:
         write_merged(merger, [1.0, 0.0, 0.0], tmp_path / "out")
         before = state_digest(written(tmp_path / "out"))
-        monkeypatch.setattr(merger, "tensor", lambda key, weights: torch.full(merger.base.shape(key), math.nan)[:0])
+        monkeypatch.setattr(merger, "part", lambda key, *_: torch.ones(merger.base.shape(key)).flatten()[:0])
         with pytest.raises(ValueError):
             write_merged(merger, [0.0, 1.0, 0.0], tmp_path / "out")
     assert state_digest(written(tmp_path / "out")) == before
@@ -593,7 +633,7 @@ def merged_pipeline(tmp_path_factory: pytest.TempPathFactory, pico_pipeline: Pat
     (base / "manifest.json").write_text("{}")
     (base / "loss.jsonl").write_text("")
     with Merger(base / "unet", [expert_of_pipeline]) as merger:
-        write_pipeline(merger, [0.5], base, "unet", out)
+        write_into(merger, [0.5], locate(base, what="base"), out)
     return out
 
 
@@ -617,14 +657,6 @@ def test_merged_pipeline_has_exactly_the_keys_and_the_parameter_count_of_the_bas
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
     assert sum(v.numel() for v in ours.values()) == sum(v.numel() for v in theirs.values())
     assert state_digest(ours) != state_digest(theirs)
-
-
-def test_folder_without_a_pipeline_s_index_is_a_user_error(
-    tmp_path: Path, pico_pipeline: Path, expert_of_pipeline: Path
-) -> None:
-    message = r"no readable model_index\.json"
-    with Merger(pico_pipeline / "unet", [expert_of_pipeline]) as merger, pytest.raises(UserError, match=message):
-        write_pipeline(merger, [0.5], pico_pipeline / "unet", "unet", tmp_path / "out")
 
 
 ALONE = """

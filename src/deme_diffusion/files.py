@@ -5,18 +5,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deme_diffusion.errors import MachineError
+from deme_diffusion.errors import MachineError, UserError
 
 Record = dict[str, Any]
 TEMPORARY = ".deme-tmp"
-_EXPLAINED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_HIDDEN = re.compile(rf"\.(.+){re.escape(TEMPORARY)}")
+_EXPLAINED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 def canonical_digest(value: object) -> str:
@@ -62,7 +65,12 @@ def explained(verb: str, path: Path) -> Iterator[None]:
         # Another file may be at fault, such as one that the block reads while it writes `path`.
         other = str(error.filename or path)
         where = "" if other == str(path) or TEMPORARY in other else f" ({other})"
-        raise MachineError(f"cannot {verb} {path}: {os.strerror(error.errno)}{where}") from error
+        raise MachineError(f"cannot {verb} {_final(path)}: {os.strerror(error.errno)}{where}") from error
+
+
+def _final(path: Path) -> Path:
+    """The name that a hidden folder on the way is going to have."""
+    return Path(*(_HIDDEN.sub(r"\1", part) for part in path.parts))
 
 
 def _temporary(path: Path) -> Path:
@@ -177,9 +185,115 @@ def link(target: Path, at: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def building(out: Path, *, chosen: str | None = None) -> Iterator[Path]:
+    """A new hidden folder that becomes `out` when the block ends well; otherwise nothing stays.
+
+    `out` must not exist, or be an empty folder. With `chosen` that file in the folder becomes `out`, and its siblings
+    are put next to it, named after it. What a killed process left of the same target is removed; MachineError while
+    another one is at work on it.
+    """
+    hidden = out.with_name(f".{out.name}{TEMPORARY}")
+    with explained("write", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(hidden, out):
+            try:
+                yield hidden
+                if chosen is None:
+                    _become(hidden, out)  # from here on the hidden name may be another process's
+                    return
+                _become(hidden / chosen, out)
+                for other in hidden.iterdir():
+                    other.replace(out.with_name(f"{out.stem}.{other.name}"))
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise
+            hidden.rmdir()
+
+
+def _become(made: Path, out: Path) -> None:
+    try:
+        sync_folder(made if made.is_dir() else made.parent)
+        if made.is_file() and out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        made.replace(out)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise UserError(f"{out}: somebody else has made it in the meantime; give a name that is free") from None
+    sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def _alone(hidden: Path, out: Path) -> Iterator[None]:
+    """The folder made, empty, and locked: the lock goes with the process, and with the folder when it is renamed."""
+    busy = MachineError(f"cannot write {out}: another process is at work on it ({hidden}); wait until it has finished")
+    for _ in range(10):
+        hidden.mkdir(exist_ok=True)
+        with _locked(hidden) as ours:
+            if ours is None:
+                raise busy
+            if ours:
+                for left in hidden.iterdir():
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                yield
+                return
+    raise busy
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Whether the folder is ours now; None while another process holds it, False where it was moved away."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there a folder that stands is taken for a killed process's
+        yield True
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    held: bool | None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+    except BlockingIOError:
+        held = None
+    except OSError:  # a disk without locks
+        held = True
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where a folder can be synced."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def expect(file: FileIO, start: int, size: int) -> None:
+    """Tell the system that these bytes are read soon; a hint, where there is such a thing."""
+    if size and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+
+
+def forget(file: FileIO | BinaryIO, start: int, size: int) -> None:
+    """Tell the system to write these bytes to the disk now, and that nobody reads those that are on it; a hint."""
+    if size and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+
+
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise MachineError when the disk of `folder`, which need not exist yet, has fewer bytes free."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise MachineError(f"{folder} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free")
+        needed, left = needed_bytes / 1e9, free / 1e9
+        raise MachineError(f"{_final(folder)} needs {needed:.2f} GB, and its disk has {left:.2f} GB free")
