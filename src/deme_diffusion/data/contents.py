@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from deme_diffusion.config import DataSettings
-from deme_diffusion.errors import MachineError, UserError
-from deme_diffusion.files import canonical_digest, file_digest, visible_files, write_json
+from deme_diffusion.digests import recall, remember, size_and_time
+from deme_diffusion.errors import UserError
+from deme_diffusion.files import canonical_digest, file_digest, visible_files
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 TABLES = {".parquet"}
@@ -45,26 +43,9 @@ def content_digest(settings: DataSettings) -> str:
     and time of change.
     """
     files, root = listed(settings), Path(settings.path or "").expanduser().absolute()
-    stats = [(str(f), *size_and_time(f)) for f in files]
-    memory = _memory() / f"{canonical_digest(stats)[:32]}.json"
-    try:
-        return str(json.loads(memory.read_text())["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        digests = {f.relative_to(root).as_posix(): file_digest(f) if f.exists() else "broken link" for f in files}
-        digest = canonical_digest(digests)
-        with suppress(MachineError, OSError):  # a home that cannot be written to costs time, not the run
-            write_json(memory, {"digest": digest, "path": str(root), "files": len(files)})
+    key = [(str(f), *size_and_time(f)) for f in files]
+    if digest := recall(key):
         return digest
-
-
-def size_and_time(file: Path) -> tuple[int, int]:
-    """By what a change of a file is noticed; zeros for a broken link."""
-    if not file.exists():
-        return 0, 0
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _memory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "deme-diffusion" / "digests"
+    digests = {f.relative_to(root).as_posix(): file_digest(f) if f.exists() else "broken link" for f in files}
+    remember(key, digest := canonical_digest(digests), path=str(root), files=len(files))
+    return digest

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from deme_diffusion.config import DataSettings
-from deme_diffusion.data.contents import METADATA, listed, size_and_time
+from deme_diffusion.data.contents import METADATA, listed
 from deme_diffusion.data.prepare import Encoded
+from deme_diffusion.digests import size_and_time
 from deme_diffusion.errors import MachineError, UserError, nearest
 from deme_diffusion.rng import generator
 
