@@ -1,22 +1,36 @@
 """Decouple-then-Merge: finetune a diffusion model as experts on timestep ranges, merge them into one of equal cost.
 
-`run` is the whole method from Python; `decouple`, `merge`, `evaluate` and `sample` are its parts. The command `deme`
-does the same, stage by stage.
+`run` is the whole method from Python; `decouple`, `merge`, `evaluate` and `sample` are its parts; `merge_checkpoints`
+merges any checkpoints without a recipe. The command `deme` does the same, stage by stage.
 """
 
 from __future__ import annotations
 
-from deme_diffusion.api import Expert, Merged, Result, attach_projection, decouple, evaluate, merge, run, sample
+from deme_diffusion.api import (
+    Expert,
+    Merged,
+    MergedCheckpoint,
+    Result,
+    attach_projection,
+    decouple,
+    evaluate,
+    merge,
+    merge_checkpoints,
+    run,
+    sample,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "Expert",
     "Merged",
+    "MergedCheckpoint",
     "Result",
     "attach_projection",
     "decouple",
     "evaluate",
     "merge",
+    "merge_checkpoints",
     "run",
     "sample",
 ]

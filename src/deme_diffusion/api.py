@@ -9,10 +9,10 @@ is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +58,20 @@ class Merged:
     folder: Path
     weights: tuple[float, ...]
     source: str
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """One merged model, as its base: a pipeline, a component folder or a file; `weights` one an expert.
+
+    `notes` is what a user should know (an expert equals the base, dtypes differ), `record` what merge.json beside the
+    model holds: method, weights, parents with digests, statistics of the task vectors by layer group.
+    """
+
+    path: Path
+    weights: tuple[float, ...]
+    notes: tuple[str, ...]
+    record: Mapping[str, Any]
 
 
 def run(recipe: Reference, *overrides: str, out: Reference | None = None) -> Result:
@@ -106,6 +120,55 @@ def merge(recipe: Reference, *overrides: str, out: Reference | None = None) -> l
         found = artefact.results
         results.append(Merged(seed, artefact.folder, tuple(found["weights"]), str(found.get("source", "the recipe"))))
     return results
+
+
+def merge_checkpoints(
+    base: Reference,
+    experts: Sequence[Reference],
+    out: Reference,
+    *,
+    weights: Sequence[float] | None = None,
+    weights_for: Mapping[str, Sequence[float]] | None = None,
+    keep: Mapping[str, Literal["base"] | int] | None = None,
+    method: str = "task_arithmetic",
+    component: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    max_shard_size: str | None = None,
+    fisher: Sequence[Reference] = (),
+    full_hash: bool = False,
+    **options: float | int | str,
+) -> MergedCheckpoint:
+    """Merge any checkpoints of one architecture without a recipe, streamed: `deme merge --base`.
+
+    Base and experts are diffusers pipelines or component folders, or safetensors files; `out` becomes what the base is.
+    `weights_for` and `keep` are by glob pattern of parameter names, and the last match wins; `options` are the
+    method's, as density=0.2. `fisher` is a file an expert, of method fisher. `full_hash` reads parents whose digest is
+    not known. What is None is as the method, or the base, has it.
+
+    Returns: where the merged model lies, and what happened, as merge.json tells it.
+    Raises: UserError, also where `out` exists already; MachineError. Nothing is left under `out` then.
+    """
+    from deme_diffusion.merging.request import requested
+
+    request = requested(
+        base,
+        experts,
+        out,
+        weights=weights,
+        weights_for=weights_for,
+        keep=keep,
+        method_name=method,
+        options=options,
+        component=component,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        fisher=fisher,
+        full_hash=full_hash,
+    )
+    from deme_diffusion.merging.perform import performed  # torch: only once the request makes sense
+
+    record = performed(request)
+    return MergedCheckpoint(request.out, request.weights.values, tuple(record["notes"]), record)
 
 
 def evaluate(recipe: Reference, *overrides: str, out: Reference | None = None) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,25 @@ def make(run: Run, targets: Sequence[Node], dry_run: bool, as_json: bool) -> Non
     show.made(run, targets, as_json)
 
 
+def one_stage(
+    name: str,
+    targets: Callable[[Graph], Sequence[Node]],
+    recipe: str,
+    changes: Sequence[str],
+    out: Path | None,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
+    *,
+    idle: Callable[[Recipe], str | None] = lambda _: None,
+) -> None:
+    """What a sub-command does that makes some stages of a recipe; `idle` says why there are none."""
+    if why := idle(load(recipe, changes).recipe):  # before anything is fetched
+        raise UserError(f"deme {name}: {why}")
+    whole = opened(recipe, changes, out, jobs, dry_run=dry_run)
+    make(whole, targets(whole.graph), dry_run, as_json)
+
+
 def _one_stage(
     name: str,
     help_text: str,
@@ -54,7 +74,7 @@ def _one_stage(
     *presets: str,
     idle: Callable[[Recipe], str | None] = lambda _: None,
 ) -> None:
-    """Register a sub-command that makes some stages of a recipe and what they need; `idle` says why there are none."""
+    """Register a sub-command that makes some stages of a recipe and what they need."""
 
     def command(
         recipe: RecipeArgument,
@@ -65,10 +85,7 @@ def _one_stage(
         as_json: AsJson = False,
     ) -> None:
         changes = [*presets, *(overrides or [])]
-        if why := idle(load(recipe, changes).recipe):  # before anything is fetched
-            raise UserError(f"deme {name}: {why}")
-        whole = opened(recipe, changes, out, jobs, dry_run=dry_run)
-        make(whole, targets(whole.graph), dry_run, as_json)
+        one_stage(name, targets, recipe, changes, out, jobs, dry_run, as_json, idle=idle)
 
     app.command(name, help=help_text)(command)
 
@@ -85,16 +102,21 @@ def _no_classifier(recipe: Recipe) -> str | None:
     return None if given is None else f"extractor.pretrained={given} leaves no classifier to train; leave it out"
 
 
-def _no_merge(recipe: Recipe) -> str | None:
+def no_merge(recipe: Recipe) -> str | None:
     """A control can be merged where the experts are not."""
     merged = recipe.merge.method != "none" or {"soup", "all-timesteps-searched"} & set(recipe.evaluate.controls)
     return None if merged else "merge.method=none leaves nothing to merge; use task_arithmetic"
 
 
+def merges(graph: Graph) -> Sequence[Node]:
+    """The stages of `deme merge RECIPE`."""
+    return list(graph.of_stage("merge"))
+
+
 def _no_search(recipe: Recipe) -> str | None:
     if recipe.merge.search == "none":
-        return "merge.search=none leaves no weights to search; use least_squares or grid"
-    return _no_merge(recipe)
+        return "merge.search=none leaves no weights to search; use least_squares, grid, gradient, cma_es or tpe"
+    return no_merge(recipe)
 
 
 _one_stage(
@@ -133,5 +155,4 @@ def decouple(
 
 
 _one_stage("search", "Search the merge weights.", lambda graph: list(graph.of_stage("search")), idle=_no_search)
-_one_stage("merge", "Merge the experts into one model.", lambda graph: list(graph.of_stage("merge")), idle=_no_merge)
 _one_stage("evaluate", "Measure every model of the table.", lambda graph: [*graph.of_stage("evaluate"), graph.cost])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -39,15 +40,22 @@ class MergeWeights:
 
     def check(self, keys: Sequence[str], num_experts: int) -> MergeWeights:
         """The same. Raises UserError for a count that is not N, an expert that is none, a pattern without a match."""
-        for name, values in [("weights", self.values), *self.rules.items()]:
-            if len(values) != num_experts:
-                raise UserError(f"{name}: {len(values)} given for {num_experts} experts")
-        for pattern, who in self.keep.items():
-            if who != "base" and not 0 <= who < num_experts:
-                raise UserError(f"keep {pattern}={who}: base, or an expert from 0 to {num_experts - 1}")
+        self.check_values(num_experts)
         for pattern in (*self.rules, *self.keep):
             if not any(fnmatchcase(key, pattern) for key in keys):
                 raise UserError(f"{pattern}: matches no parameter{_nearest(pattern, keys)}")
+        return self
+
+    def check_values(self, num_experts: int) -> MergeWeights:
+        """The same: as much of `check` as needs no parameters' names."""
+        for name, values in [("weights", self.values), *self.rules.items()]:
+            if len(values) != num_experts:
+                raise UserError(f"{name}: {len(values)} given for {num_experts} experts")
+            if not all(math.isfinite(w) for w in values):
+                raise UserError(f"{name}: {list(values)}; a weight is a finite number")
+        for pattern, who in self.keep.items():
+            if who != "base" and not (isinstance(who, int) and 0 <= who < num_experts):
+                raise UserError(f"keep {pattern}={who}: base, or an expert from 0 to {num_experts - 1}")
         return self
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,6 +69,50 @@ class MergeWeights:
         """What `as_dict` gave."""
         rules = {pattern: tuple(given) for pattern, given in values.get("rules", {}).items()}
         return cls(tuple(values["values"]), rules, values.get("keep", {}))
+
+
+def parse_weights(text: str, what: str = "--weights") -> tuple[float, ...]:
+    """Numbers between commas, as 0.1,0.5. Raises UserError for one that is none."""
+    return tuple(_number(part.strip(), f"{what} {text}") for part in text.split(","))
+
+
+def parse_rules(texts: Iterable[str], what: str = "--weights-for") -> dict[str, tuple[float, ...]]:
+    """PATTERN=W,W,... each; of the same pattern twice, the last one stands. Raises UserError."""
+    rules: dict[str, tuple[float, ...]] = {}
+    for text in texts:
+        pattern, values = _halves(text, what, "down_blocks.*=0.2,0.1")
+        rules.pop(pattern, None)  # what is said last counts last
+        rules[pattern] = parse_weights(values, f"{what} {pattern}:")
+    return rules
+
+
+def parse_keep(texts: Iterable[str], what: str = "--keep") -> dict[str, Kept]:
+    """PATTERN=base or PATTERN=I each; of the same pattern twice, the last one stands. Raises UserError."""
+    keep: dict[str, Kept] = {}
+    for text in texts:
+        pattern, who = _halves(text, what, "conv_out.*=base")
+        if who != "base" and not (who.isascii() and who.isdigit()):
+            raise UserError(f"{what} {text}: base, or an expert's number counted from 0, not {who!r}")
+        keep.pop(pattern, None)
+        keep[pattern] = "base" if who == "base" else int(who)
+    return keep
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{where}: {text!r} is no number; a weight an expert is expected, as 0.1,0.5") from None
+    if not math.isfinite(value):
+        raise UserError(f"{where}: {text!r} is not finite; a weight is a number, as 0.5")
+    return value
+
+
+def _halves(text: str, what: str, example: str) -> tuple[str, str]:
+    pattern, equals, value = (part.strip() for part in text.rpartition("="))
+    if not (pattern and equals and value):
+        raise UserError(f"{what} {text}: PATTERN=VALUE is expected, as {example}")
+    return pattern, value
 
 
 def _nearest(pattern: str, keys: Sequence[str]) -> str:

@@ -1,0 +1,187 @@
+"""`deme merge`: the experts of a recipe, or any checkpoints of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deme_diffusion.cli import show_merge
+from deme_diffusion.cli.command import app
+from deme_diffusion.cli.options import AsJson, Jobs
+from deme_diffusion.cli.stages import merges, no_merge, one_stage
+from deme_diffusion.errors import UserError
+from deme_diffusion.merging.selection import parse_keep, parse_rules, parse_weights
+from deme_diffusion.merging.table import METHODS
+
+if TYPE_CHECKING:
+    from deme_diffusion.merging.request import Request
+
+
+class _Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+_METHODS = "\n".join(f"  {row.name:<16} {row.what}" for row in METHODS.values())
+_HELP = f"""Merge the experts of a recipe, or any checkpoints of one architecture.
+
+With a recipe; what is not trained or searched yet is made first:
+
+\b
+  deme merge digits merge.method=ties
+
+Without one: pipelines or component folders of diffusers, or safetensors files.
+
+\b
+  deme merge --base sd --expert a --expert b --weights 0.3,0.5 --out merged
+  deme merge --base sd --expert a --expert b --method ties density=0.3 --out merged
+
+Methods (--methods tells their options and sources), tau_i = theta_i - theta:
+
+\b
+{_METHODS}
+"""
+_PATHS = "A diffusers pipeline or component folder, or a .safetensors file"
+_FOR = "Other weights for the parameters that match a glob, as 'down_blocks.*=0.2,0.1'. Repeatable; the last wins."
+_KEEP = "Parameters taken unmerged from one model, as 'conv_out.*=base', or =0 for the first expert. Repeatable."
+# What a recipe's merge calls the same thing.
+_IN_A_RECIPE = {
+    "--expert": "a recipe trains its own",
+    "--weights": "merge.search=none 'merge.weights=[...]' says it",
+    "--weights-for": "'merge.weights_for={\"down_blocks.*\": [...]}' says it",
+    "--keep": "'merge.keep={\"conv_out.*\": base}' says it",
+    "--method": "merge.method=... says it",
+    "--component": "a recipe merges its model's denoiser",
+    "--dtype": "merge.dtype=... says it",
+    "--max-shard-size": "merge.max_shard_size=... says it",
+    "--fisher": "merge.method=fisher makes what it needs",
+    "--full-hash": "a recipe's parents have their digests",
+}
+
+
+def _methods(wanted: bool) -> None:
+    if wanted:
+        show_merge.methods()
+        raise typer.Exit
+
+
+@app.command(help=_HELP)
+def merge(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A packaged recipe, a YAML path, or a run folder.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe; with --base, the method's options."),
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help=f"{_PATHS}.")] = None,
+    expert: Annotated[list[Path] | None, typer.Option(help="The same, finetuned from it. Repeatable.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder [runs/RECIPE]; with --base, where the merged model goes.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="One an expert, in their order.  [the method's default]")
+    ] = None,
+    weights_for: Annotated[list[str] | None, typer.Option(metavar="PATTERN=W,W,...", help=_FOR)] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="PATTERN=WHOSE", help=_KEEP)] = None,
+    method: Annotated[str | None, typer.Option(help="One of the methods above.  [task_arithmetic]")] = None,
+    component: Annotated[
+        str | None, typer.Option(help="The part of the pipelines that is merged.  [unet or transformer]")
+    ] = None,
+    dtype: Annotated[_Dtype | None, typer.Option(help="Of the merged weights.  [the base's]")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="As 5GB.  [sharded like the base]")] = None,
+    fisher: Annotated[
+        list[Path] | None, typer.Option(help="Of method fisher: a file an expert, in their order. Repeatable.")
+    ] = None,
+    full_hash: Annotated[
+        bool, typer.Option("--full-hash", help="Read the parents once more for their sha256, and remember it.")
+    ] = False,
+    jobs: Jobs = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run; with --base, open and check everything. Then stop.")
+    ] = False,
+    as_json: AsJson = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the methods and exit.", callback=_methods, is_eager=True)
+    ] = False,
+) -> None:
+    """Merge the experts of a recipe, or any checkpoints of one architecture."""
+    words = [*([recipe] if recipe is not None else []), *(changes or [])]
+    mine = {
+        "--expert": expert,
+        "--weights": weights,
+        "--weights-for": weights_for,
+        "--keep": keep,
+        "--method": method,
+        "--component": component,
+        "--dtype": dtype,
+        "--max-shard-size": max_shard_size,
+        "--fisher": fisher,
+        "--full-hash": full_hash,
+    }
+    if base is None:
+        _check_recipe(words, mine)
+        one_stage("merge", merges, words[0], words[1:], out, jobs, dry_run, as_json, idle=no_merge)
+        return
+    out = _check_checkpoints(words, expert or [], out, jobs)
+    from deme_diffusion.merging.request import parse_options, requested
+
+    request = requested(
+        base,
+        expert or [],
+        out,
+        weights=None if weights is None else parse_weights(weights),
+        weights_for=parse_rules(weights_for or []),
+        keep=parse_keep(keep or []),
+        method_name=method or "task_arithmetic",
+        options=parse_options(words),
+        component=component,
+        dtype=None if dtype is None else dtype.value,
+        max_shard_size=max_shard_size,
+        fisher=fisher or [],
+        full_hash=full_hash,
+    )
+    _checkpoints(request, dry_run, as_json)
+
+
+def _check_recipe(words: Sequence[str], given: Mapping[str, object]) -> None:
+    """Without --base: a recipe, and none of the options of the other way."""
+    name = next((name for name, value in given.items() if value), None)
+    if name and not words:
+        raise UserError(f"{name} without --base: say --base DIR --expert DIR ... --out DIR, or name a recipe")
+    if name:
+        raise UserError(f"{name}: it is for --base; with the recipe {words[0]} {_IN_A_RECIPE[name]}")
+    if not words:
+        raise UserError("nothing to merge: name a recipe, or say --base DIR --expert DIR ... --out DIR")
+
+
+def _check_checkpoints(words: Sequence[str], experts: Sequence[Path], out: Path | None, jobs: int | None) -> Path:
+    """With --base: no recipe, some experts, and an --out, which is returned."""
+    recipe = next((word for word in words if "=" not in word), None)
+    if recipe is not None:
+        raise UserError(
+            f"{recipe}: a recipe and --base do not go together; leave out one of them (an option of the method is "
+            "KEY=VALUE, an expert --expert DIR)"
+        )
+    if not experts:
+        raise UserError("--base without --expert: say --expert DIR for each model that was finetuned from it")
+    if out is None:
+        raise UserError("--base without --out: say where the merged model goes, as --out merged")
+    if jobs is not None:
+        raise UserError("--jobs: it is for a recipe; checkpoints are merged by one process")
+    return out
+
+
+def _checkpoints(request: Request, dry_run: bool, as_json: bool) -> None:
+    """Merge them, or say what would be done."""
+    from deme_diffusion.merging import perform
+
+    if dry_run:
+        show_merge.plan(perform.planned(request), as_json)
+        return
+    show_merge.done(perform.performed(request), request.out, as_json)

@@ -1,0 +1,140 @@
+"""A merge of checkpoints that was asked for: opened and checked, then told in advance, or written with its record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from deme_diffusion.files import Record, part_of
+from deme_diffusion.merging import record
+from deme_diffusion.merging.apply import Merger
+from deme_diffusion.merging.checkpoints import Place, locate
+from deme_diffusion.merging.estimate import spectral_cost
+from deme_diffusion.merging.request import Request
+from deme_diffusion.merging.write import planned as planned_files
+from deme_diffusion.merging.write import write_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A request whose checkpoints were found, opened and checked."""
+
+    request: Request
+    merger: Merger
+    base: Place
+    dtype: torch.dtype | None
+
+
+@contextmanager
+def opened(request: Request) -> Iterator[Opened]:
+    """The checkpoints of a request, open within the block. Raises UserError for any that do not fit together."""
+    base = locate(request.base, request.component, what="base")
+    experts = [locate(path, base.component, what="expert") for path in request.experts]
+    dtype = None if request.dtype is None else getattr(torch, request.dtype)
+    paths = [place.weights for place in experts]
+    with Merger(base.weights, paths, request.method.name, request.options, request.fisher) as merger:
+        yield Opened(request, merger, base, dtype)
+
+
+def planned(request: Request) -> Record:
+    """What a merge would do, after every check that comes before its first byte. Raises UserError, MachineError."""
+    with opened(request) as here:
+        merger = here.merger
+        files = planned_files(
+            merger, request.weights, here.base, request.out, dtype=here.dtype, max_shard_size=request.max_shard_size
+        )
+        return {
+            **record.asked(merger, request.weights, source=request.source, dtype=here.dtype),
+            "out": str(request.out),
+            "component": here.base.component,
+            "shards": {request.out.name: sum(files.values())} if _is_file(request) else files,
+            "bytes": sum(files.values()),
+            "estimate": _estimate(here),
+            "notes": list(merger.notes),
+        }
+
+
+def performed(request: Request) -> Record:
+    """Write the merged model, and return its record (merge.json). Raises UserError, MachineError."""
+    with opened(request) as here:
+        _warn(here.merger.notes)
+        if estimate := _estimate(here):
+            log.info("%s: %s", request.method.name, told_estimate(estimate))
+        merger, seen, told = here.merger, record.statistics_of(here.merger), Record()
+        before = len(merger.notes)  # what a merge finds out comes after
+
+        def beside(folder: Path) -> None:
+            weights = folder if here.base.pipeline is None else part_of(folder, str(here.base.component))
+            told.update(
+                record.record(
+                    merger,
+                    request.weights,
+                    source=request.source,
+                    shards=[request.out.name] if _is_file(request) else record.shards_in(weights),
+                    dtype=here.dtype,
+                    statistics=seen,
+                    full_hash=request.full_hash,
+                )
+            )
+            record.write(folder, told)
+
+        write_model(
+            merger,
+            request.weights,
+            here.base,
+            request.out,
+            dtype=here.dtype,
+            max_shard_size=request.max_shard_size,
+            recipe={"method": request.method.name, "options": record.options(merger)},
+            observe=seen,
+            beside=beside,
+        )
+        _warn(merger.notes[before:])
+    return told
+
+
+def _is_file(request: Request) -> bool:
+    return request.out.suffix == ".safetensors"
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning("%s", note)
+
+
+def _estimate(here: Opened) -> Record | None:
+    """Flops and peak bytes of a spectral method; None for the others."""
+    merger = here.merger
+    if not merger.row.spectral:
+        return None
+    shapes = [merger.base.shape(key) for key in merger.base.keys()]  # noqa: SIM118 - Weights is no mapping
+    flops, held = spectral_cost(shapes, len(merger.experts), merger.row.name, merger.options.rank)
+    matrices = sum(len(shape) > 1 and prod(shape) > 0 for shape in shapes)
+    return {"matrices": matrices, "flops": flops, "seconds": flops / _rate(), "bytes": held}
+
+
+def _rate(side: int = 512, times: int = 3) -> float:
+    """Flops a second of this machine in products of float64 matrices, the best of some."""
+    matrix, taken = torch.ones(side, side, dtype=torch.float64), []
+    for _ in range(times):
+        start = perf_counter()
+        matrix @ matrix
+        taken.append(perf_counter() - start)
+    return 2 * side**3 / min(taken)
+
+
+def told_estimate(estimate: Record) -> str:
+    """The estimate in words."""
+    seconds, held = estimate["seconds"], estimate["bytes"]
+    time = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    memory = f"{held / 1e9:.1f} GB" if held >= 1e8 else f"{held / 1e6:.1f} MB"
+    return f"{estimate['matrices']} matrices to decompose: about {time} here, and {memory} of memory for the largest"
