@@ -246,7 +246,7 @@ def test_a_known_base_is_estimated_before_it_is_here() -> None:
 def test_a_pickled_base_is_told_with_its_remedy() -> None:
     lines = described(plan(open_run(load("lsun-church"), download=False)))
     assert lines[0].startswith("to download: google/ddpm-ema-church-256@main (model, 455 MB); its weights are a pickle")
-    assert "use_safetensors=False" in lines[0]
+    assert "deme convert FOLDER --out NEW" in lines[0]
 
 
 def test_what_cores_do_in_minutes_is_said_for_cores(pico_values: Values, tmp_path: Path) -> None:

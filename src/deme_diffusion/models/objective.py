@@ -58,16 +58,19 @@ class FixedNoise:
 
     def batches(self, runs: Runs, device: torch.device) -> Iterator[Noised]:
         """The noised batches of one range."""
-        subset, seed, key = from_runs(runs), self.settings.seed, repr(runs)
         for draw in range(self.settings.draws):
-            jitter = generator(seed, "fixed-t", key, draw).random(self.num_images)
-            t = torch.from_numpy(self.denoiser.timesteps(subset, (draw + jitter) / self.settings.draws))
             for i in range(0, self.num_images, self.batch_size):
-                stop = min(i + self.batch_size, self.num_images)
-                images = self.split.view(draw % self.split.settings.views, i, stop)
-                noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, i, len(images), tuple(images.shape[1:])))
-                x, at, eps = (part.to(device) for part in (images, t[i:stop], noise))
-                yield self.denoiser.noised({"image": x}, at, eps)
+                yield self.batch(runs, draw, i, min(i + self.batch_size, self.num_images), device)
+
+    def batch(self, runs: Runs, draw: int, start: int, stop: int, device: torch.device) -> Noised:
+        """One draw of the images from `start` to `stop` in one range."""
+        subset, seed, key = from_runs(runs), self.settings.seed, repr(runs)
+        jitter = generator(seed, "fixed-t", key, draw).random(self.num_images)
+        t = torch.from_numpy(self.denoiser.timesteps(subset, (draw + jitter) / self.settings.draws))
+        images = self.split.view(draw % self.split.settings.views, start, stop)
+        noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, start, len(images), tuple(images.shape[1:])))
+        x, at, eps = (part.to(device) for part in (images, t[start:stop], noise))
+        return self.denoiser.noised({"image": x}, at, eps)
 
     def losses(self, module: nn.Module) -> list[float]:
         """Mean denoising loss of a module in each range."""

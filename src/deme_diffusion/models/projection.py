@@ -177,6 +177,11 @@ def _file(folder: Path) -> Path:
     return found[0]
 
 
+def buffer_of(place: str) -> str:
+    """Name of the buffer that holds the D attached at a place: what `torch.func` differentiates by."""
+    return f"{place}.{_BUFFER}"
+
+
 # -- y + D y ---------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 COMPONENTS = ("unet", "transformer")
-SCHEDULER = "scheduler_config.json"
-CONVERT = "convert once: DDPMPipeline.from_pretrained(NAME, use_safetensors=False).save_pretrained(FOLDER)"
+SCHEDULER, PROJECTION = "scheduler_config.json", "projection.safetensors"
+CONVERT = "convert once: deme convert FOLDER --out NEW (of a hub model, first: hf download NAME --local-dir FOLDER)"
 NO_SIZE = "config.json has no sample_size; write the size of the images that it was trained on into it"
 TRAINED_ON = "trained_on.yaml"
 """Beside a model of ours: which share of which source it never saw; no part of its digest."""
@@ -151,7 +151,7 @@ def trained_on(data: DataSettings, images: str) -> str:
 
 
 def component_of(base: Path) -> Path:
-    """The folder of a pipeline's denoiser. Raises UserError where it has none, or a pickle in its place."""
+    """The folder of a pipeline's denoiser. Raises UserError where it has none, a pickle instead, or projections."""
     folders = [part_of(base, name) for name in COMPONENTS if (part_of(base, name) / "config.json").is_file()]
     if not folders:
         raise UserError(f"{base}: no {' or '.join(COMPONENTS)} with a config.json; a diffusers pipeline is expected")
@@ -159,6 +159,11 @@ def component_of(base: Path) -> Path:
         others = sorted(f.name for f in folders[0].iterdir() if f.is_file() and f.suffix != ".json")
         instead = f", only {others[0]}, and pickles are never loaded" if others else ""
         raise UserError(f"{folders[0]}: no safetensors{instead}; {CONVERT}")
+    if (folders[0] / PROJECTION).is_file():  # told again where it is loaded, of bases that a dry run does not see
+        raise UserError(
+            f"{folders[0] / PROJECTION}: a base must be whole without projections; take the model that was merged, or "
+            "one made with decouple.projection residual or none"
+        )
     return folders[0]
 
 
