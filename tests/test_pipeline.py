@@ -514,7 +514,7 @@ def test_failure_in_one_stage_keeps_those_before_and_the_next_run_goes_on(
 ) -> None:
     run = opened(values, tmp_path / "runs" / "pico")
     with monkeypatch.context() as patched:
-        patched.setattr(stages_module, "write_pipeline", lambda *_, **__: 1 / 0)
+        patched.setattr(stages_module, "write_into", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.execute([run.graph.merged[0]])
     done = {n.digest for n in run.graph.nodes if run.store.status(n.key) == "done"}
@@ -595,7 +595,7 @@ def test_run_from_scratch_with_two_seeds_and_all_controls(values: Values, tmp_pa
     for seed in (3, 4):
         merged = run.folder / f"merged-seed{seed}"
         assert {path.name for path in merged.iterdir()} == {
-            "README.md", "manifest.json", "model_index.json", "scheduler", "unet"
+            "README.md", "manifest.json", "merge.json", "model_index.json", "scheduler", "unet"
         }  # fmt: skip
         shapes = [
             {key: tuple(value.shape) for key, value in load_state(folder / "unet" / WEIGHTS_NAME).items()}

@@ -204,7 +204,9 @@ def _open() -> Any:
         from deme_diffusion.pipeline.stages import Stages
 
         recipe, root = _opens
-        _worker = Stages(Graph(Recipe.model_validate(recipe), download=True), Store(Path(root)))
+        graph = Graph(Recipe.model_validate(recipe), download=True)
+        graph.fishers()  # which the parent may have asked for, whatever the recipe's method
+        _worker = Stages(graph, Store(Path(root)))
     return _worker
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from deme_diffusion.artefacts import Key
 from deme_diffusion.pipeline.inputs import Input
 
-METRICS, COSTS = "metrics.json", "cost.json"
+METRICS, COSTS, MERGE = "metrics.json", "cost.json", "merge.json"
 StageName = Literal[
-    "data", "pretrain", "extractor", "decouple", "search", "merge", "sample", "features", "evaluate", "cost"
+    "data", "pretrain", "extractor", "decouple", "fisher", "search", "merge", "sample", "features", "evaluate", "cost"
 ]
 
 VERSIONS: dict[StageName, int] = {
@@ -19,8 +19,9 @@ VERSIONS: dict[StageName, int] = {
     "pretrain": 1,
     "extractor": 1,
     "decouple": 1,
+    "fisher": 1,
     "search": 1,
-    "merge": 1,
+    "merge": 2,  # merge.json beside the model
     "sample": 1,
     "features": 2,  # logits too; the statistics of real images beside
     "evaluate": 3,  # density, coverage, Inception score

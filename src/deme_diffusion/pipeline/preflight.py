@@ -15,6 +15,9 @@ from deme_diffusion.decoupling.switches import check_compiler
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.evaluation.extractors import Extractor, Kind, load_extractor
 from deme_diffusion.evaluation.extractors.classifier import check_stages
+from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.merging.write import shard_bytes
+from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.devices import device_of
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
@@ -35,6 +38,8 @@ def check(bench: Workbench, nodes: Sequence[Node]) -> None:
     recipe, extractor = bench.recipe, bench.graph.extractor
     for _, error in settings_problems(recipe, [name for name in SECTIONS if any(n.stage == name for n in nodes)]):
         raise error
+    if any(node.stage == "merge" for node in nodes):
+        check_patterns(bench)
     train = bench.splits["train"]
     if isinstance(extractor, Input):
         if any(extractor in node.parents.values() for node in nodes):
@@ -42,6 +47,20 @@ def check(bench: Workbench, nodes: Sequence[Node]) -> None:
     elif extractor in nodes:
         check_stages(recipe.extractor, *train.shape[1:])
         check_labels(list(bench.splits.values()), recipe.data)
+
+
+def check_patterns(bench: Workbench) -> None:
+    """Raises UserError for a pattern of `merge` that matches no parameter of the base, or shards of no size."""
+    merge, base = bench.recipe.merge, bench.graph.base
+    if merge.max_shard_size is not None:
+        shard_bytes(merge.max_shard_size)
+    if not (merge.weights_for or merge.keep):
+        return
+    made = isinstance(base, Input) or bench.store.find(base.key) is not None
+    module = bench.denoiser.module if made else DDPM.from_scratch(bench.recipe.pretrain, out_seed=0).module
+    experts = bench.recipe.decouple.num_ranges
+    weights = MergeWeights((0.0,) * experts, merge.weights_for, merge.keep)
+    weights.check(list(module.state_dict()), experts)
 
 
 def settings_problems(recipe: Recipe, sections: Sequence[str]) -> Iterator[Problem]:

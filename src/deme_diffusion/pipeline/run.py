@@ -17,7 +17,8 @@ from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.engine import run_stages
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import read_json
-from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.merges import HowToMerge, degenerate
+from deme_diffusion.pipeline.node import MERGE, Node
 from deme_diffusion.processes import is_main
 from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
@@ -153,21 +154,29 @@ class Run:
     def _weights(self, seed: int) -> dict[str, Any]:
         experts = self.recipe.decouple.num_ranges
         merged = self.store.find(self.graph.merged[seed].key)
-        weights = {"merged-uniform": [1.0 / experts] * experts}
+        how: HowToMerge = self.graph.merged[seed].arguments["how"]
+        weights = {"merged-uniform": how.method.default_weights(experts)}
         weights |= {"merged": merged.results["weights"]} if merged else {}
         search = self.graph.searches.get(seed)
         found = read_json(self.store.folder(search.key) / "search.json") if search else None
+        merge = read_json(merged.path(MERGE)) if merged else {}
         extra = (merged.results if merged else {}).get("projection")
-        return {"weights": weights, "search": found, **({"projection": extra} if extra else {})}
+        content = {"weights": weights, "search": found, "merge": merge}
+        return {**content, **({"projection": extra} if extra else {})}
 
     def weights_found(self) -> list[str]:
         """A line for each search: its weights, and whether `merged` is then a merge at all."""
         lines = []
         for seed, search in self.graph.searches.items():
             found = read_json(self.store.folder(search.key) / "search.json")
-            listed = ", ".join(f"{w:.3g}" for w in found["weights"])
+            how: HowToMerge = search.arguments["how"]
+            weights = how.weights(tuple(found["weights"]), found.get("rules"))
+            listed = ", ".join(f"{w:.3g}" for w in weights.values)
+            more = f" and others for {len(weights.rules)} patterns" if weights.rules else ""
+            method = "" if how.method.name == "task_arithmetic" else f" of {how.what}"
             which = f" (seed {seed})" if len(self.recipe.seeds) > 1 else ""
-            lines.append(f"merge weights{which}: {listed}, by {found['source']}{_degenerate(found['weights'])}")
+            said = degenerate(weights, how.method.name)
+            lines.append(f"merge weights{method}{which}: {listed}{more}, by {found['source']}{said}")
         return lines
 
     def _curves(self, seed: int) -> dict[str, Any]:
@@ -211,14 +220,6 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = 
         elif value != here[key]:
             return f"{above}{key} is {value!r} there, {here[key]!r} here"
     return ""
-
-
-def _degenerate(weights: Sequence[float]) -> str:
-    """What a reader must know when the search chose none, or one, of the experts."""
-    used = [i for i, w in enumerate(weights) if w]
-    if not used:
-        return ": merged is the base itself"
-    return f": merged is expert {used[0]} alone" if len(used) == 1 and weights[used[0]] == 1.0 else ""
 
 
 def _how(artefact: Artefact, reused: bool) -> str:

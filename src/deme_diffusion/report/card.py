@@ -11,6 +11,7 @@ from deme_diffusion.report.tables import escape_markdown, markdown
 from deme_diffusion.report.verdict import verdict
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_PATTERNS = 12
 DEMONSTRATION = (
     "This is a demonstration of the mechanism on a small data set; its figures are no evidence about the method."
 )
@@ -29,7 +30,7 @@ def model_card(run: Mapping[str, Any]) -> str:
         _front_matter(run),
         _what(run),
         _section("Results", markdown(run["table"]) if run.get("table") else ""),
-        _section("Merge weights", _weights(run)),
+        _section("Merge weights", "\n\n".join(part for part in (_weights(run), _merged(run)) if part)),
         _section("How it was made", _made(run)),
         _section("Limits", _limits(run)),
         _section("Use", f"{escape_markdown(needs(run))}\n\n" + fenced(loading_lines(run), "python")),
@@ -120,6 +121,57 @@ def _weights(run: Mapping[str, Any]) -> str:
         else ""
     )
     return "\n".join(lines) + how + (f"{len(search['trials'])} trials." if search else "")
+
+
+def method_said(run: Mapping[str, Any]) -> str:
+    """The merge method with its options and source, in a sentence; '' for Eq. 8, which needs no word."""
+    merge = run.get("merge") or {}
+    if merge.get("method", "task_arithmetic") == "task_arithmetic":
+        return ""
+    options = ", ".join(f"{name} {value}" for name, value in merge["options"].items() if value is not None)
+    return f"Merged by {merge['method']}{f' ({options})' if options else ''}: {merge['citation']}."
+
+
+def patterns(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a merge does by pattern: the pattern, and its weights or whose tensors are taken; the last match counts."""
+    weights = (run.get("merge") or {}).get("weights") or {}
+    rules = [(key, ", ".join(f"{w:.4g}" for w in values)) for key, values in weights.get("rules", {}).items()]
+    kept = {key: "the base's" if who == "base" else f"expert {who}'s" for key, who in weights.get("keep", {}).items()}
+    return [*rules, *kept.items()]
+
+
+def _merged(run: Mapping[str, Any]) -> str:
+    """Method, and weights by pattern: of many only how many, since `merge.json` lists them."""
+    listed = patterns(run)
+    if len(listed) > MOST_PATTERNS:
+        table = f"{len(listed)} groups of parameters have weights of their own: merge.json lists them."
+    elif listed:
+        rows = [f"| {escape_markdown(pattern)} | {said} |" for pattern, said in listed]
+        table = "\n".join(["| parameters | weights |", "| --- | --- |", *rows])
+    else:
+        table = ""
+    return "\n\n".join(part for part in (escape_markdown(method_said(run)), table) if part)
+
+
+def expert_card(label: str, base: str, component: str, kind: str, *, projected: bool, averaged: bool) -> str:
+    """A README.md of an expert's artefact: what lies there, and how it is loaded."""
+    extra = (
+        f"It was trained with channel-wise projections, which lie in {component}/projection.safetensors and which stock"
+        " diffusers does not read: without them it is another model. `attach_projection` adds them."
+    )
+    lines = [f"from diffusers import {kind}", f'{component} = {kind}.from_pretrained("{component}")']
+    if projected:
+        lines += ["from deme_diffusion import attach_projection", f'attach_projection({component}, "{component}")']
+    kept = "The weights are the average over the training (EMA); `raw` holds the last ones themselves."
+    parts = [
+        f"# {escape_markdown(label)}",
+        f"One training of the {component} of {escape_markdown(base)}: a component, and no pipeline. The base's pipeline"
+        " runs it in place of its own.",
+        kept if averaged else "",
+        extra if projected else "",
+        fenced("\n".join(lines), "python"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _made(run: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The page of a run: one self-contained HTML file, no scripts, nothing fetched, every text escaped."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from deme_diffusion.files import write_text
-from deme_diffusion.report.card import DEMONSTRATION, loading_lines, needs, subset_names
+from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs, patterns, subset_names
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
     Row,
@@ -56,6 +56,8 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
         curves=_curves(run),
         weights=_weights(run),
         search=_search(run),
+        merge={"said": method_said(run), "patterns": patterns(run)},
+        vectors=_vectors(run),
         division=_division(run),
         loading=loading_lines(run) if run.get("merged_path") else "",
         needs=needs(run),
@@ -142,6 +144,25 @@ def _search(run: Mapping[str, Any]) -> dict[str, Any] | None:
     decimals = 1 + decimals_for(trial["value"] for trial in trials)
     values = [f"{trial['value']:.{decimals}f}" for trial in trials]
     return {**search, "best": best, "names": names, "values": values}
+
+
+def _vectors(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The task vectors by layer group, from merge.json: relative norms, and means over pairs of cosine and overlap."""
+    seen = (run.get("merge") or {}).get("statistics")
+    if not seen:
+        return None
+    rows = []
+    for group, one in {**seen["groups"], "all of the model": seen["model"]}.items():
+        norms = ["-" if norm is None else f"{norm:.3g}" for norm in one["relative_norms"]]
+        alike = (_off_diagonal(one["cosines"]), _off_diagonal(one["overlaps"]))
+        rows.append((group, f"{one['parameters']:,}", norms, *alike))
+    return {"names": _names(run, len(seen["model"]["norms"])), "rows": rows}
+
+
+def _off_diagonal(matrix: Sequence[Sequence[float | None]]) -> str:
+    """The mean over pairs; those of a task vector that is 0 have no value."""
+    pairs = [value for i, row in enumerate(matrix) for value in row[:i] if value is not None]
+    return f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"
 
 
 def _division(run: Mapping[str, Any]) -> dict[str, Any] | None:
