@@ -8,7 +8,7 @@ import deme_diffusion
 
 ROOT = Path(deme_diffusion.__file__).parent
 BELOW_DATA = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance"]
-BELOW_DATA += ["artefacts", "weights"]
+BELOW_DATA += ["artefacts", "digests", "weight_files", "weights"]
 BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
 MAY_IMPORT = {
     "errors": [],
@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "division": ["errors", "files"],
     "provenance": ["files"],
     "artefacts": ["errors", "files", "config", "rng", "division", "provenance"],
-    "weights": ["errors", "files", "config", "rng", "division"],
+    "digests": ["errors", "files", "artefacts"],
+    "weight_files": ["errors"],
+    "weights": ["errors", "files", "config", "rng", "division", "weight_files"],
     "data": BELOW_DATA,
     "models": [*BELOW_DATA, "data"],
     "decoupling": BELOW_SIBLINGS,
@@ -34,6 +36,8 @@ MAY_IMPORT = {
 MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
+TORCH_FREE += ["weight_files", "merging.checkpoints"]
+TORCH_FREE += ["digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
 TORCH_FREE += ["report", "cli", "api", "__init__", "__main__", "evaluation.samplers", "evaluation.export"]
 TORCH_FREE += [
     f"pipeline.{name}"

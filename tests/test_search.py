@@ -22,6 +22,7 @@ from deme_diffusion.evaluation.extractors.classifier import SmallClassifier
 from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, refuse_report
 from deme_diffusion.merging.search import (
     Candidate,
+    Given,
     Trial,
     always,
     best,
@@ -31,6 +32,7 @@ from deme_diffusion.merging.search import (
     score,
     uniform_weights,
 )
+from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline.graph import Graph
@@ -44,9 +46,9 @@ class Counting:
     def __init__(self, target: Sequence[float]) -> None:
         self.target, self.asked = list(target), list[list[float]]()
 
-    def value(self, weights: Sequence[float]) -> float:
-        self.asked.append(list(weights))
-        return sum((w - t) ** 2 for w, t in zip(weights, self.target, strict=True))
+    def value(self, weights: Given) -> float:
+        self.asked.append(list(values := MergeWeights.of(weights).values))
+        return sum((w - t) ** 2 for w, t in zip(values, self.target, strict=True))
 
 
 class Quadratic:
@@ -243,12 +245,11 @@ def test_least_squares_scales_are_multiples_of_its_weights() -> None:
 # scoring
 
 
-def test_known_trials_are_taken_over_and_not_evaluated_again() -> None:
+def test_every_candidate_is_scored_in_its_place() -> None:
     proposals, objective = list(always(2)), Counting([1.0, 0.0])
-    known = [Trial([0.0, 0.0], "w = 0", -7.0), Trial([1.0, 0.0], "one-hot 0", -8.0)]
-    trials = list(score(proposals, objective, known))
-    assert objective.asked == [[0.5, 0.5], [0.0, 1.0]]
-    assert [trial.value for trial in trials] == [-7.0, 0.5, -8.0, 2.0]
+    trials = list(score(proposals, objective))
+    assert objective.asked == [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
+    assert [trial.value for trial in trials] == [1.0, 0.5, 0.0, 2.0]
     assert [trial.source for trial in trials] == [c.source for c in proposals]
 
 
@@ -315,11 +316,11 @@ def test_interrupted_search_goes_on_to_the_result_of_an_uninterrupted_one(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     real, asked = objectives.FrechetObjective.value, list[list[float]]()
 
-    def counting(self: FrechetObjective, weights: Sequence[float]) -> float:
-        asked.append(list(weights))
+    def counting(self: FrechetObjective, weights: Given) -> float:
+        asked.append(list(MergeWeights.of(weights).values))
         return real(self, weights)
 
-    def interrupted(self: FrechetObjective, weights: Sequence[float]) -> float:
+    def interrupted(self: FrechetObjective, weights: Given) -> float:
         if len(asked) == 3:
             raise KeyboardInterrupt
         return counting(self, weights)

@@ -71,7 +71,12 @@ class MergeSettings(Settings):
         "model", description="gradient: what has weights of its own"
     )
     gradient_steps: Positive = Field(30, description="gradient: steps of Adam")
-    gradient_learning_rate: float = Field(0.05, gt=0.0)
+    gradient_learning_rate: float = Field(
+        0.1, gt=0.0, description="gradient: first step in a weight; falls as a cosine"
+    )
+    gradient_batch_size: Positive = Field(
+        256, description="gradient: points of the fixed-noise loss that a step takes, over all ranges"
+    )
     start: Literal["least_squares", "uniform", "zero"] = Field(
         "least_squares", description="where gradient and cma_es begin"
     )

@@ -9,15 +9,9 @@ from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainS
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
 from deme_diffusion.evaluation.samplers import check_sampler
-from deme_diffusion.merging.search import check_evaluations
-from deme_diffusion.pipeline import extractors, images
-from deme_diffusion.pipeline.inputs import (
-    Input,
-    check_unseen,
-    component_of,
-    resolve,
-    timesteps_of,
-)
+from deme_diffusion.merging.search import check_search, shaping
+from deme_diffusion.pipeline import extractors, images, merges
+from deme_diffusion.pipeline.inputs import Input, check_unseen, component_of, resolve, timesteps_of
 from deme_diffusion.pipeline.node import Node, Served, Vertices
 from deme_diffusion.report.cells import REAL_IMAGES
 
@@ -30,6 +24,7 @@ class Graph(Vertices):
 
     def __init__(self, recipe: Recipe, *, download: bool = False) -> None:
         super().__init__()
+        merges.check(recipe)
         self.recipe = recipe
         self.source = images.source_of(recipe.data, download=download)
         self.images = images.identity(recipe.data, self.source)
@@ -104,26 +99,46 @@ class Graph(Vertices):
         rates = self.recipe.decouple.range_learning_rates
         return self.recipe.decouple.learning_rate if rates is None else rates[index]
 
-    def _search(self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings) -> Node:
-        idle = {"least_squares": ("grid_values",), "grid": ("ridge", "scales"), "none": ()}[settings.search]
-        shapeless = ("method", "weights", "max_evaluations", *idle)  # none of which changes what is found
-        covered = {k: v for k, v in settings.changed().items() if k not in shapeless}
+    def _search(
+        self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings, how: merges.HowToMerge
+    ) -> Node:
+        covered = shaping(settings) | how.model
         covered |= {"loss": self.recipe.evaluate.loss.changed()} if self.recipe.evaluate.loss.changed() else {}
         covered |= {"ranges": _served_ranges(self.division)}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
+        parents |= self.informed(how, experts, seed)
         label = self._named(f"{label} weights", seed)
-        return self._add("search", label, covered, parents, seed, arguments={"experts": len(experts)})
+        return self._add("search", label, covered, parents, seed, arguments={"experts": len(experts), "how": how})
 
-    def _merge(self, label: str, experts: Sequence[Node], seed: int, weights: Sequence[float] | Node) -> Node:
-        parents: dict[str, Node | Input] = {"base": self.base, **_numbered(experts)}
-        method = self.recipe.merge.method if self.recipe.merge.method != "none" else "task_arithmetic"
-        covered: dict[str, Any] = {} if method == "task_arithmetic" else {"method": method}
+    def _merge(
+        self, label: str, experts: Sequence[Node], seed: int, weights: Sequence[float] | Node, how: merges.HowToMerge
+    ) -> Node:
+        parents = {"base": self.base, **_numbered(experts), **self.informed(how, experts, seed)}
+        covered = how.covered
         if isinstance(weights, Node):
             parents["search"] = weights
         else:
             covered["weights"] = [float(w) for w in weights]
-        arguments = {"experts": len(experts), "method": method}
+        arguments = {"experts": len(experts), "how": how}
         return self._add("merge", self._named(label, seed), covered, parents, None, arguments=arguments)
+
+    def informed(self, how: merges.HowToMerge, experts: Sequence[Node], seed: int) -> dict[str, Node | Input]:
+        """Parents of a merge whose method needs the Fisher information of every expert; else none."""
+        if not how.method.fisher:
+            return {}
+        return {f"fisher {i}": self.fisher(expert, seed) for i, expert in enumerate(experts)}
+
+    def fisher(self, expert: Node, seed: int) -> Node:
+        """The diagonal Fisher information of one training, on its own timesteps: made where somebody asks."""
+        merge = self.recipe.merge
+        covered = {key: value for key, value in merge.changed().items() if key == "fisher_samples"}
+        arguments = {"subset": expert.arguments["subset"], "samples": merge.fisher_samples}
+        parents = {"expert": expert, "data": self.data}
+        return self._add("fisher", f"Fisher of {expert.label}", covered, parents, seed, arguments=arguments)
+
+    def fishers(self) -> list[Node]:
+        """The Fisher information of all experts; where no merge needs it, the stages come into the graph here."""
+        return [self.fisher(expert, seed) for seed, experts in self.experts.items() for expert in experts]
 
     def _named(self, label: str, seed: int) -> str:
         return label if len(self.recipe.seeds) == 1 else f"{label} (seed {seed})"
@@ -152,7 +167,8 @@ class Graph(Vertices):
         self.experts[seed] = experts
         models.append(Served("ensemble", tuple(experts), ensemble=True))
         if merge.method != "none":
-            uniform = self._merge("merged-uniform", experts, seed, [1.0 / n] * n)
+            plain = merges.how(merge, n, uniform=True)
+            uniform = self._merge("merged-uniform", experts, seed, plain.method.default_weights(n), plain)
             models.append(Served("merged-uniform", (uniform,)))
             self.merged[seed] = self._searched("merged", experts, seed)
             models.append(Served("merged", (self.merged[seed],)))
@@ -164,16 +180,20 @@ class Graph(Vertices):
         return self._decouple(label, subset, self.recipe.decouple.steps_of(index), self._rate(index), seed)
 
     def _searched(self, label: str, experts: Sequence[Node], seed: int) -> Node:
-        """Merged by the recipe's weights: given, uniform, or found by its search."""
+        """Merged as the recipe says, by weights that are given, its method's default, or found by its search.
+
+        A control of one training has one task vector, which it scales, whatever the method (`merges.how`).
+        """
         merge = self.recipe.merge
+        how = merges.how(merge, len(experts), alone=label == "all-timesteps-searched")
         if merge.search == "none":
             given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
-            return self._merge(label, experts, seed, given or [1.0 / len(experts)] * len(experts))
-        check_evaluations(len(experts), merge)
-        search = self._search(label, experts, seed, merge)
+            return self._merge(label, experts, seed, given or how.method.default_weights(len(experts)), how)
+        check_search(len(experts), merge, how.method.name)
+        search = self._search(label, experts, seed, merge, how)
         if label == "merged":
             self.searches[seed] = search
-        return self._merge(label, experts, seed, search)
+        return self._merge(label, experts, seed, search, how)
 
     # -- measuring ---------------------------------------------------------------------------------
 

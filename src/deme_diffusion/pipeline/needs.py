@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from deme_diffusion.config import PretrainSettings, Recipe, TrainSettings
+from deme_diffusion.config import MergeSettings, PretrainSettings, Recipe, TrainSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import reported, whole
+from deme_diffusion.merging.search import reserved
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import CONVERT, Input, component_of, is_cached, read_json, weight_bytes
 from deme_diffusion.pipeline.node import Node
@@ -65,6 +66,8 @@ def flops(graph: Graph, node: Node, cost: Cost) -> float:
         return cost.flops * (_trained(graph, node) + _validated(graph, node))
     if node.stage == "search":
         return cost.flops * _searched(graph.recipe, node)
+    if node.stage == "fisher":
+        return cost.flops * 3 * int(node.arguments["samples"])  # forward and backward
     if node.stage == "features":
         return _extracted(graph.recipe, node)
     return cost.flops * (node.images + _loss_points(graph.recipe, "report") * _ranges(node))
@@ -85,12 +88,27 @@ def _validated(graph: Graph, node: Node) -> float:
 
 
 def _searched(recipe: Recipe, node: Node) -> float:
+    """Forward passes: of images that candidates are scored on, and of points of the fixed-noise loss."""
     merge, experts = recipe.merge, int(node.arguments["experts"])
-    proposed = {"least_squares": len(merge.scales), "grid": len(merge.grid_values) ** experts}
-    scored: int = 2 + experts + proposed.get(merge.search, 0)
-    fitted = merge.search == "least_squares"  # N + 1 forward passes a point
     points = _loss_points(recipe, "search") * _ranges(node)
-    return scored * merge.num_images * merge.sampler.num_inference_steps + fitted * (experts + 1) * points
+    form = (experts + 1) + merge.gauss_newton_rounds * (experts + 3)  # the least squares that a search is, or starts at
+    losses = form if merge.search == "least_squares" or _starts_there(merge) else 0
+    left = merge.max_evaluations - reserved(experts, merge) - losses
+    own: int = {"grid": len(merge.grid_values) ** experts, "cma_es": left, "tpe": left}.get(merge.search, 0)
+    proposed = {"least_squares": len(merge.scales), "gradient": 2}.get(merge.search, 0)
+    scored = 2 + experts + proposed + (own if merge.objective == "fd" else merge.finalists * (own > 0))
+    losses += own if merge.objective != "fd" else 0
+    stepped = 3 * ceil(merge.gradient_steps * 1.2) * min(points, merge.gradient_batch_size) + 4 * points
+    return (
+        scored * merge.num_images * merge.sampler.num_inference_steps
+        + losses * points
+        + (stepped if merge.search == "gradient" else 0)
+    )
+
+
+def _starts_there(merge: MergeSettings) -> bool:
+    moves = merge.search in ("gradient", "cma_es", "tpe")
+    return moves and merge.start == "least_squares" and merge.method in ("none", "task_arithmetic")
 
 
 def _extracted(recipe: Recipe, node: Node) -> float:
@@ -163,7 +181,7 @@ def disk(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
         if node.stage in ("decouple", "pretrain"):
             used["weights"] += 2 * weights  # averaged and raw
             used["checkpoints"] = max(used["checkpoints"], recipe.runtime.jobs * _checkpoints(recipe, node, weights))
-        elif node.stage == "merge":
+        elif node.stage in ("merge", "fisher"):
             used["weights"] += weights
         elif node.stage == "sample":
             used["images"] += recipe.evaluate.num_images * prod(cost.shape)

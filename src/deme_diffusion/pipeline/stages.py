@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from deme_diffusion.artefacts import WORK
 from deme_diffusion.config import Recipe
 from deme_diffusion.data.index import make_index
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.decoupling.switches import switched
 from deme_diffusion.decoupling.train import train
 from deme_diffusion.division import reported, whole
+from deme_diffusion.evaluation import fisher
 from deme_diffusion.evaluation.extractors.classifier import train_extractor
-from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective
 from deme_diffusion.evaluation.sample import sample_pixels
-from deme_diffusion.files import append_jsonl, read_jsonl, write_bytes, write_json, write_text
-from deme_diffusion.merging.apply import Merger, write_pipeline
-from deme_diffusion.merging.search import Trial, best, candidates, score
+from deme_diffusion.files import part_of, write_bytes, write_text
+from deme_diffusion.merging import record
+from deme_diffusion.merging.checkpoints import MODEL_INDEX, locate
+from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.merging.write import write_into
+from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.pipeline.inputs import TRAINED_ON, Input, trained_on
-from deme_diffusion.pipeline.measure import Measuring
+from deme_diffusion.pipeline.inputs import TRAINED_ON, read_json, trained_on
+from deme_diffusion.pipeline.merges import HowToMerge
 from deme_diffusion.pipeline.node import Node
-from deme_diffusion.pipeline.workbench import ranges_of_node, seed_of_node
+from deme_diffusion.pipeline.searching import SEARCH, Searching, experts_of
+from deme_diffusion.pipeline.workbench import seed_of_node
 from deme_diffusion.processes import is_main
-from deme_diffusion.report.card import model_card
+from deme_diffusion.report.card import expert_card, model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.rng import seed_of
 
 log = logging.getLogger(__name__)
-SEARCH, TRIALS = "search.json", "search.jsonl"
 PREVIEW_IMAGES = 64
 
 
-class Stages(Measuring):
+class Stages(Searching):
     """Each method `_<stage>` fills the folder of one stage: here those that train and merge."""
 
     def make(self, node: Node) -> Callable[[Path], Mapping[str, Any] | None]:
@@ -73,7 +79,13 @@ class Stages(Measuring):
         return results
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        return self._train(self.denoiser, job_of(self.recipe, node), folder)
+        results = self._train(self.denoiser, job_of(self.recipe, node), folder)
+        if is_main():
+            name, kind = self.denoiser.component, type(self.denoiser.module).__name__
+            projected, averaged = (folder / name / projection.FILE).is_file(), (folder / "raw").is_dir()
+            card = expert_card(node.label, self.graph.base.label, name, kind, projected=projected, averaged=averaged)
+            write_text(folder / "README.md", card)
+        return results
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
@@ -103,69 +115,81 @@ class Stages(Measuring):
 
     # -- merging -----------------------------------------------------------------------------------
 
-    def _merger(self, node: Node, method: str = "task_arithmetic") -> Merger:
-        experts = [self.component_folder(part) for part in _experts(node)]
-        return Merger(self.component_folder(self.graph.base), experts, method)
-
-    def _search(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        settings, seed = self.recipe.merge, seed_of(seed_of_node(node), "search")
-        with self._merger(node) as merger:
-            shell = self.component(self.graph.base)
-
-            def materialise(weights: Sequence[float]) -> nn.Module:
-                return merger.into(shell, weights)
-
-            loaders = [lambda part=part: self.component(part) for part in _experts(node)]
-            noise = self.fixed_noise("search", ranges_of_node(node))
-            loss = FixedNoiseObjective(noise, self.denoiser.module, loaders, materialise)
-            metric = FrechetObjective(
-                self.denoiser,
-                materialise,
-                self.splits["search"],
-                self.extractor,
-                settings.sampler,
-                seed,
-                settings.num_images,
-                self.recipe.runtime.sample_batch_size,
-            )
-            proposals = candidates(node.arguments["experts"], settings, lambda: loss)
-            known = [Trial(**record) for record in read_jsonl(folder / TRIALS)]
-            trials: list[Trial] = []
-            for trial in score(proposals, metric, known):
-                if trial not in known:
-                    append_jsonl(folder / TRIALS, vars(trial))
-                trials.append(trial)
-                log.info("%s: %s %s -> %.4f", node.label, trial.source, _short(trial.weights), trial.value)
-        chosen = best(trials)
-        objective = (
-            f"FD({self.graph.extractor_name}) {settings.sampler.label}, {settings.num_images} images, search split"
+    def _fisher(self, node: Node, folder: Path) -> None:
+        """Of the weights and projections as they were trained: D is a parameter of its own, on unfolded weights."""
+        expert, what = node.parents["expert"], node.arguments
+        module = projection.attach(
+            self.denoiser.component_from(self.folder(expert)), projection.load(self.component_folder(expert))
         )
-        result = {"weights": chosen.weights, "source": chosen.source, "value": chosen.value, "objective": objective}
-        write_json(folder / SEARCH, {**result, "method": settings.search, "trials": [vars(t) for t in trials]})
-        return result
+        fisher.write_fisher(
+            folder,
+            self.denoiser,
+            module.float().to(self.device).eval(),
+            self.splits["train"],
+            what["subset"],
+            samples=what["samples"],
+            seed=seed_of_node(node),
+            expert=expert.digest,
+        )
 
     def _merge(self, node: Node, folder: Path) -> Mapping[str, Any]:
+        how: HowToMerge = node.arguments["how"]
         weights, found = self.weights_of(node)
-        recipe = {"method": node.arguments["method"], "experts": [part.digest for part in _experts(node)], **found}
-        with self._merger(node, node.arguments["method"]) as merger:
-            base = self.folder(self.graph.base)
-            write_pipeline(merger, weights, base, self.denoiser.component, folder, recipe=recipe)
+        recipe = {"method": how.method.name, "experts": [part.digest for part in experts_of(node)], **found}
+        dtype = None if how.dtype is None else getattr(torch, how.dtype)
+        base = locate(self.folder(self.graph.base), self.denoiser.component, what="base")
+        whole = emptied(folder / WORK / ".merged")  # hidden: half of it could look like a model
+        with self._merger(node) as merger:
+            seen, size = record.statistics_of(merger), how.max_shard_size
+            write_into(merger, weights, base, whole, dtype=dtype, max_shard_size=size, recipe=recipe, observe=seen)
             if unfolded := list(merger.unfolded(weights)):  # stock diffusers does not read it: the cards must say so
                 found = {**found, "projection": {"component": self.denoiser.component, "places": unfolded}}
+            kept = record.record(
+                merger,
+                weights,
+                source=self._source(node, weights),
+                shards=sorted(file.name for file in part_of(whole, self.denoiser.component).glob("*.safetensors")),
+                dtype=dtype,
+                statistics=seen,
+                score=self._scores(node),
+            )
+            for note in merger.notes:
+                log.warning("%s: %s", node.label, note)
+        record.write(whole, kept)
         # Runs that share this artefact have other recipes: a run's own card, with its table, is model_card.md.
-        card = {"recipe": f"merge {node.digest}", "weights": {"merged": weights}, "base_model": self.graph.base.label}
-        write_text(folder / "README.md", model_card({**card, "projection": found.get("projection")}))
-        return {"weights": weights, **found}
+        card = {"recipe": f"merge {node.digest}", "weights": {"merged": list(weights.values)}, "merge": kept}
+        about = {"base_model": self.graph.base.label, "projection": found.get("projection")}
+        write_text(whole / "README.md", model_card({**card, **about}))
+        take_over(whole, folder, last=MODEL_INDEX)
+        told = weights.as_dict()
+        return {"weights": told.pop("values"), **told, **found}
 
-    def weights_of(self, node: Node) -> tuple[list[float], dict[str, Any]]:
+    def weights_of(self, node: Node) -> tuple[MergeWeights, dict[str, Any]]:
         """The weights of a merge stage, and how they were found."""
-        search = node.parents.get("search")
+        search, how = node.parents.get("search"), node.arguments["how"]
         if search is None:
-            return list(node.key.settings["weights"]), {}  # type: ignore[call-overload]
+            return how.weights(tuple(node.key.settings["weights"])), {}  # type: ignore[arg-type]
         artefact = self.store.find(search.key) if isinstance(search, Node) else None
         assert artefact is not None, "a merge runs after its search"
         found = {key: artefact.results[key] for key in ("source", "value", "objective")}
-        return list(artefact.results["weights"]), found
+        rules = {pattern: tuple(values) for pattern, values in artefact.results.get("rules", {}).items()}
+        return how.weights(tuple(artefact.results["weights"]), rules), found
+
+    def _source(self, node: Node, weights: MergeWeights) -> str:
+        """Whose the weights of a merge are."""
+        row = node.arguments["how"].method
+        if isinstance(search := node.parents.get("search"), Node):
+            found = read_json(self.folder(search) / SEARCH)
+            return f"search: {found['method']}, {found['source']}"
+        default = list(weights.values) == row.default_weights(len(weights.values))
+        return f"default of {row.name}" if default else "given"
+
+    def _scores(self, node: Node) -> dict[str, Any] | None:
+        """Of a search: what it lowered, at w = 0 and at the weights that it found."""
+        if not isinstance(search := node.parents.get("search"), Node):
+            return None
+        found = read_json(self.folder(search) / SEARCH)
+        return {"objective": found["objective"], "before": found["value_before"], "after": found["value"]}
 
 
 def job_of(recipe: Recipe, node: Node) -> Job:
@@ -194,9 +218,18 @@ def job_of(recipe: Recipe, node: Node) -> Job:
     )
 
 
-def _experts(node: Node) -> list[Node | Input]:
-    return [node.parents[f"expert {i}"] for i in range(node.arguments["experts"])]
+def emptied(folder: Path) -> Path:
+    """The folder, without what an interrupted attempt left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
-def _short(weights: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{w:.3f}" for w in weights) + ")"
+def take_over(whole: Path, folder: Path, *, last: str) -> None:
+    """Move a finished model into an artefact's folder; the file without which it is none goes first and comes last."""
+    (folder / last).unlink(missing_ok=True)
+    for part in sorted(whole.iterdir(), key=lambda part: part.name == last):
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    whole.rmdir()
