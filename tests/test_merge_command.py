@@ -242,8 +242,13 @@ def test_an_expert_equal_to_the_base_is_merged_and_said(deme: Deme, models: Path
     assert record["statistics"]["model"]["cosines"] == [[1.0, None], [None, None]]
 
 
-def test_digests_are_hashed_where_asked_then_remembered_and_known_of_artefacts(models: Path) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_digests_are_hashed_where_small_or_asked_then_remembered_and_known_of_artefacts(
+    models: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
     import hashlib
+
+    monkeypatch.setattr("deme_diffusion.merging.record.SMALL", 2**26 if small else 0)
 
     def fill(folder: Path) -> None:
         shutil.copytree(models / "e1" / "unet", folder / "unet")
@@ -256,8 +261,9 @@ def test_digests_are_hashed_where_asked_then_remembered_and_known_of_artefacts(m
         record = merge_checkpoints(*given, models / out, full_hash=full_hash).record
         return [(part["digest"], part["digest_from"]) for part in (record["base"], *record["experts"])]
 
-    assert told("one", False) == [(None, "none"), (None, "none"), (sha[2], "manifest")]
-    assert told("two", True) == [(sha[0], "hashed"), (sha[1], "hashed"), (sha[2], "manifest")]
+    if not small:
+        assert told("one", False) == [(None, "none"), (None, "none"), (sha[2], "manifest")]
+    assert told("two", not small) == [(sha[0], "hashed"), (sha[1], "hashed"), (sha[2], "manifest")]
     assert told("three", False) == [(sha[0], "cache"), (sha[1], "cache"), (sha[2], "manifest")]
 
 

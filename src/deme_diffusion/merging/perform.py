@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -17,6 +16,7 @@ from deme_diffusion.merging import record
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.checkpoints import Place, locate
 from deme_diffusion.merging.estimate import spectral_cost
+from deme_diffusion.merging.methods.spectral import estimated_seconds
 from deme_diffusion.merging.request import Request
 from deme_diffusion.merging.write import planned as planned_files
 from deme_diffusion.merging.write import write_model
@@ -117,19 +117,10 @@ def _estimate(here: Opened) -> Record | None:
     if not merger.row.spectral:
         return None
     shapes = [merger.base.shape(key) for key in merger.base.keys()]  # noqa: SIM118 - Weights is no mapping
-    flops, held = spectral_cost(shapes, len(merger.experts), merger.row.name, merger.options.rank)
+    asked = shapes, len(merger.experts), merger.row.name, merger.options.rank
+    flops, held = spectral_cost(*asked)
     matrices = sum(len(shape) > 1 and prod(shape) > 0 for shape in shapes)
-    return {"matrices": matrices, "flops": flops, "seconds": flops / _rate(), "bytes": held}
-
-
-def _rate(side: int = 512, times: int = 3) -> float:
-    """Flops a second of this machine in products of float64 matrices, the best of some."""
-    matrix, taken = torch.ones(side, side, dtype=torch.float64), []
-    for _ in range(times):
-        start = perf_counter()
-        matrix @ matrix
-        taken.append(perf_counter() - start)
-    return 2 * side**3 / min(taken)
+    return {"matrices": matrices, "flops": flops, "seconds": estimated_seconds(*asked), "bytes": held}
 
 
 def told_estimate(estimate: Record) -> str:

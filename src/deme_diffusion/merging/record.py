@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from deme_diffusion.weights import Weights
 
 NAME = "merge.json"
+SMALL = 2**26
+"""Bytes of a parent that is hashed without being asked: a tenth of a second."""
 
 
 def path_of(out: Path) -> Path:
@@ -48,7 +50,8 @@ def record(
     """What merge.json holds.
 
     `source`: whose the weights are (given, a default, a search). `shards`: names of the files written. `score`, of a
-    search: objective, before (w = 0) and after. `full_hash` reads parents whose digest nothing vouches for.
+    search: objective, before (w = 0) and after. `full_hash` reads parents whose digest nothing vouches for; small
+    ones are read in any case.
     """
     seen = None if statistics is None else statistics.as_dict()
     if seen is not None:
@@ -109,7 +112,7 @@ def by_group(merger: Merger, weights: MergeWeights) -> dict[str, Any]:
 def _parent(reader: Weights, full_hash: bool) -> Record:
     beside = reader.path / projection.FILE
     files = [*reader.files, *([beside] if beside.is_file() else [])]
-    of = known(files, full_hash=full_hash)
+    of = known(files, full_hash=full_hash or sum(file.stat().st_size for file in files) <= SMALL)
     return {"path": str(reader.path), "digest": of.digest, "digest_from": of.how, "bytes": of.bytes}
 
 
