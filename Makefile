@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean-venv
+.PHONY: install quickstart test lint clean-venv
+
+install: $(STAMP)
 
 quickstart: $(STAMP)
 	$(VENV)/bin/deme run digits

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deme_diffusion.report.cells import REAL_IMAGES, Row, metric_names
 from deme_diffusion.report.tables import markdown, write_table
 
 SEARCHES = ("least_squares", "gradient", "grid", "cma_es", "tpe")
+OBJECTIVES = ("fd", "loss", "relative_loss")
 BY_LOSS = ("least_squares", "gradient")
 """Searches whose proposals come from the loss, whatever the objective."""
 SHOWN = ("loss", "FD(", "precision", "recall")
@@ -55,6 +57,15 @@ def arms(num_ranges: int, methods: list[str], searches: list[str], objectives: l
             yield Arm(name, (f"merge.search={search}", f"merge.objective={objective}"), weights=True)
 
 
+def names_of(text: str, known: Collection[str], what: str) -> list[str]:
+    """Names between commas; one that is none ends the benchmark before anything is trained."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            sys.exit(f"{what}: {name}: no such name; one of {', '.join(known)}")
+    return names
+
+
 def measured(recipe: str, changes: list[str], arm: Arm, runs: Path) -> list[Row]:
     """The rows of one arm: the experts before the merge, and the merged model under the arm's name."""
     rows = evaluate(recipe, *changes, *arm.changes, out=runs / arm.name.replace(" ", ""))
@@ -80,9 +91,11 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s")
     changes = ["evaluate.controls=[]", *given.changes]
+    methods = names_of(given.methods, METHODS, "--methods")
+    searches = names_of(given.searches, SEARCHES, "--searches")
+    objectives = names_of(given.objectives, OBJECTIVES, "--objectives")
     ranges = load(given.recipe, changes).recipe.decouple.num_ranges
-    chosen = arms(ranges, *([name for name in text.split(",") if name] for text in (
-        given.methods, given.searches, given.objectives)))  # fmt: skip
+    chosen = arms(ranges, methods, searches, objectives)
     table: dict[str, Row] = {}
     lines: list[str] = []
     for arm in chosen:
@@ -90,7 +103,8 @@ def main() -> None:
             if arm.name == row["model"] or (row["model"] in ("base", "ensemble", REAL_IMAGES) and "(N" not in arm.name):
                 table.setdefault(row["model"], row)
         lines += weights_of(given.recipe, changes, arm, given.runs) if arm.weights else []
-    rows = [row for name, row in table.items() if name != REAL_IMAGES] + [table[REAL_IMAGES]]
+    rows = [row for name, row in table.items() if name != REAL_IMAGES]
+    rows += [table[REAL_IMAGES]] if REAL_IMAGES in table else []  # none where every arm is of another division
     shown = [name for name in metric_names(rows) if name.startswith(SHOWN) and "[" not in name]
     print(markdown(rows, shown), *lines, sep="\n")
     if given.out:

@@ -68,7 +68,9 @@ def test_parts_in_turn_make_what_run_makes_and_nothing_twice(
 def test_given_weights_come_from_the_recipe(recipe: Recipe, out: Path) -> None:
     given = ["merge.search=none", "merge.weights=[0.25, 0.5]", "seeds=[0]"]
     one = merge(recipe, *given, out=out.parent / "given")[0]
-    assert (one.weights, one.source) == ((0.25, 0.5), "the recipe")
+    assert (one.weights, one.source, one.rules) == ((0.25, 0.5), "the recipe", {})
+    ruled = [*given, "merge.weights_for={conv_in.*: [1, 0]}"]
+    assert merge(recipe, *ruled, out=out.parent / "given")[0].rules == {"conv_in.*": (1.0, 0.0)}
 
 
 def test_nothing_to_merge_is_refused(recipe: Recipe, out: Path) -> None:

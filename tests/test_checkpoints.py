@@ -138,7 +138,7 @@ def test_query_of_another_model_keeps_its_name(tmp_path: Path) -> None:
 # what is written
 
 
-def test_merged_pipeline_loads_and_links_what_is_big_and_copies_what_is_edited(
+def test_merged_pipeline_loads_and_its_other_parts_are_copies(
     tmp_path: Path, pipeline: Path, expert: Path, state: State
 ) -> None:
     index = json.loads((pipeline / "model_index.json").read_text())
@@ -151,7 +151,7 @@ def test_merged_pipeline_loads_and_links_what_is_big_and_copies_what_is_edited(
     (pipeline / "vae" / "config.json").write_text("{}")
     merge(pipeline, [expert], tmp_path / "out")
     big, config = tmp_path / "out" / "vae" / "big.safetensors", tmp_path / "out" / "vae" / "config.json"
-    assert not big.is_symlink() and big.samefile(blob)
+    assert not big.is_symlink() and not big.samefile(blob) and big.read_bytes() == blob.read_bytes()
     assert not config.samefile(pipeline / "vae" / "config.json")
     (tmp_path / "out" / "model_index.json").write_text(json.dumps(index))
     merged = DDPMPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
@@ -162,13 +162,14 @@ def test_merged_pipeline_loads_and_links_what_is_big_and_copies_what_is_edited(
 def test_an_interrupted_attempt_in_the_same_folder_is_written_over_and_the_base_left_alone(
     tmp_path: Path, pipeline: Path, expert: Path
 ) -> None:
-    big = pipeline / "scheduler" / "big.bin"
+    big = pipeline / "scheduler" / "big.safetensors"
     big.write_bytes(bytes(2**20))
     place = locate(pipeline, what="base")
-    for _ in range(2):
+    for link in (True, False):
         with Merger(place.weights, [expert]) as merger:
-            write_into(merger, [0.5], place, tmp_path / "out")
-    assert (tmp_path / "out" / "scheduler" / "big.bin").samefile(big)
+            write_into(merger, [0.5], place, tmp_path / "out", link=link)
+        assert (tmp_path / "out" / "scheduler" / "big.safetensors").samefile(big) == link
+    (tmp_path / "out" / "scheduler" / "big.safetensors").write_bytes(b"mine")
     assert big.read_bytes() == bytes(2**20)
 
 
@@ -190,9 +191,30 @@ def test_shards_of_a_size_load_in_diffusers_and_hold_the_bits_of_one_file(
 def test_sizes_of_shards_are_read_as_people_write_them() -> None:
     assert [shard_bytes(size) for size in ("5GB", "500 mb", "2GiB", "1.5K", 77)] == [
         5 * 10**9, 5 * 10**8, 2**31, 1500, 77]  # fmt: skip
+    with pytest.raises(UserError, match="'5' is 5 bytes; did you mean '5GB'"):
+        shard_bytes("5")
     for wrong in ("5 apples", "", "0GB", "-1GB"):
         with pytest.raises(UserError, match="give one like 5GB"):
             shard_bytes(wrong)
+
+
+def test_dtype_that_a_config_says_is_that_of_the_merged_weights_and_nothing_else_changes(
+    tmp_path: Path, state: State
+) -> None:
+    base, expert = (component(tmp_path / name, moved(state, by)) for name, by in (("base", 0.0), ("expert", 0.01)))
+    said = {"architectures": ["CLIPTextModel"], "torch_dtype": "float32", "deep": {"torch_dtype": "float32"}, "n": 1e-5}
+    for folder in (base, expert):
+        (folder / "config.json").write_text(json.dumps(said))
+    before = (base / "config.json").read_bytes()
+    merge(base, [expert], tmp_path / "as-it-is")
+    assert (tmp_path / "as-it-is" / "config.json").read_bytes() == before
+    merge(base, [expert], tmp_path / "half", dtype=torch.float16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == {**said, "torch_dtype": "float16"}
+    assert (base / "config.json").read_bytes() == before
+    (base / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (expert / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    merge(base, [expert], tmp_path / "silent", dtype=torch.float16)
+    assert "torch_dtype" not in (tmp_path / "silent" / "config.json").read_text()
 
 
 def test_a_file_is_merged_into_a_file_with_the_record_next_to_it(tmp_path: Path, expert: Path, state: State) -> None:
@@ -212,6 +234,7 @@ def test_experts_in_another_dtype_or_sharding_merge_and_the_dtype_is_noted(
     tmp_path: Path, pipeline: Path, state: State
 ) -> None:
     half = component(tmp_path / "half", {key: value.bfloat16() for key, value in state.items()}, shards=3)
+    shutil.copy(pipeline / "unet" / "config.json", half)
     with Merger(pipeline / "unet", [half]) as merger:
         assert len(merger.notes) == 1 and "another dtype than the base's" in merger.notes[0]
         assert {value.dtype for value in merger.state([0.5]).values()} == {torch.float32}
@@ -290,7 +313,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(MachineError, match=r"/out/unet needs 0\.00 GB"):
+    with pytest.raises(MachineError, match=r"/out needs 0\.00 GB"):
         merge(pipeline, [expert], tmp_path / "out")
     assert nothing_but(tmp_path, "pipeline", "expert")
 

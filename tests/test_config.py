@@ -174,7 +174,8 @@ def test_an_unknown_key_is_told_before_what_else_is_wrong() -> None:
     [
         (
             {"merge": {"search": "least_square"}},
-            "merge.search: 'least_square' is not one of none, least_squares, grid, gradient, cma_es, tpe; did you mean 'least_squares'?",
+            "merge.search: 'least_square' is not one of none, least_squares, grid, gradient, cma_es, tpe; did you mean "
+            "'least_squares'?",
         ),
         ({"model": {"family": "ddmp"}}, "model.family: 'ddmp' is not one of ddpm; did you mean 'ddpm'?"),
         ({"decouple": {"projection": "up"}}, "decouple.projection: 'up' is not one of none, residual, block"),

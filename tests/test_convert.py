@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -151,7 +152,7 @@ def test_usual_wrappers_are_understood(
 def test_config_beside_a_state_dict_is_enough(pipeline: Path, public: State, tmp_path: Path) -> None:
     """`unet_ema_lora/` of the public code: its config, its pickle, and no base."""
     folder = saved(public, tmp_path / "unet_ema_lora" / BIN).parent
-    with pytest.raises(UserError, match=r"no config\.json; .*--like PIPELINE"):
+    with pytest.raises(UserError, match=r"model\.bin: a state dict alone; .*--like PIPELINE"):
         convert(folder / BIN, tmp_path / "out")
     shutil.copy(pipeline / "unet" / "config.json", folder)
     for number, given in enumerate((folder, folder / BIN)):
@@ -207,18 +208,33 @@ def test_a_malicious_pickle_is_never_executed(
     assert not exploded.exists() and names(".") == ["expert.bin"]
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("how", ["zip", "legacy", "raw"])
 def test_a_pickled_module_is_refused_with_a_way_out_that_works(
-    deme: Deme, pipeline: Path, tmp_path: Path, zipped: bool
+    deme: Deme, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    saved(unet(), Path("merged.bin"), zipped=zipped)
-    status, _, err = deme("convert", "merged.bin", "--like", pipeline, "--out", "merged")
-    assert status == 2 and err.startswith("deme: merged.bin: a pickle of code (diffusers.") and err.count("\n") == 1
-    way_out = re.search(r'python -c "(.*)", then (deme convert (\S+))', err)
+    file = Path("""it's "$(mine)".bin""")
+    if how == "raw":
+        file.write_bytes(pickle.dumps(unet()))
+    else:
+        saved(unet(), file, zipped=how == "zip")
+    status, _, err = deme("convert", file, "--like", pipeline, "--out", "merged")
+    what = "a pickle that torch.save did not write" if how == "raw" else "a pickle of code (diffusers."
+    assert status == 2 and err.startswith(f"deme: {file}: {what}") and err.count("\n") == 1
+    way_out = re.search(r"(python -c .*), then (deme convert .*)", err)
     assert way_out
-    exec(way_out[1], {})
-    assert deme("convert", way_out[3], "--like", pipeline, "--out", "merged")[0] == 0
+    _, _, code, *arguments = shlex.split(way_out[1])
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    assert deme(*shlex.split(way_out[2])[1:], "--like", pipeline, "--out", "merged")[0] == 0
     assert same_weights(tmp_path / "merged")
+
+
+def test_a_config_of_what_is_no_model_is_refused(old_state: State, pipeline: Path, tmp_path: Path) -> None:
+    file = saved(old_state, tmp_path / "expert.bin")
+    (tmp_path / "like").mkdir()
+    shutil.copy(pipeline / "scheduler" / "scheduler_config.json", tmp_path / "like" / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: _class_name 'DDPMScheduler' is no model of diffusers"):
+        convert(file, tmp_path / "out", tmp_path / "like")
 
 
 def test_other_objects_than_tensors_are_named(old_state: State, pipeline: Path, tmp_path: Path) -> None:
@@ -258,6 +274,8 @@ def test_broken_files_are_one_line(deme: Deme, pipeline: Path, old_state: State,
         status, out, err = deme("convert", f"{name}.bin", "--like", pipeline, "--out", "out")
         assert (status, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith(f"deme: {name}.bin: not a whole torch checkpoint ("), err
+        assert name != "page" or "(neither a zip archive nor a pickle)" in err
+        assert name != "empty" or "(it is empty)" in err
     Path("cut.safetensors").write_bytes(b"\x08")
     for name, line in (
         ("cut.safetensors", "not a whole safetensors file"),

@@ -170,6 +170,18 @@ def test_one_file_may_become_the_name_its_siblings_next_to_it(tmp_path: Path) ->
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.bin": "w", "x.notes.json": "n"}
 
 
+@pytest.mark.parametrize("taken", ["x.notes.json", "x.bin"])
+def test_siblings_stand_before_the_file_and_write_over_nothing(tmp_path: Path, taken: str) -> None:
+    with (
+        pytest.raises(UserError, match="somebody else has made it"),
+        files.building(tmp_path / "x.bin", chosen="whole") as hidden,
+    ):
+        for name in ("whole", "notes.json", "a.json"):
+            (hidden / name).write_text("new")
+        (tmp_path / taken).write_text("mine")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {taken: "mine"}
+
+
 def test_two_builders_of_one_name_and_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with files.building(out):
@@ -182,6 +194,26 @@ def test_two_builders_of_one_name_and_a_name_that_is_taken_meanwhile(tmp_path: P
         (tmp_path / "third" / "mine").write_text("mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "third"]
     assert (tmp_path / "third" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.ENOENT])
+def test_a_rename_or_a_file_that_fails_names_the_final_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path), None, str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refused)
+        message = f"^cannot write {tmp_path}/out: {os.strerror(code)}$"
+        with pytest.raises(MachineError, match=message), files.building(tmp_path / "out") as hidden:
+            (hidden / "a").write_text("a")
+    message = f"^cannot write {tmp_path}/out: {os.strerror(errno.ENOENT)}$"
+    with pytest.raises(MachineError, match=message), files.building(tmp_path / "out") as hidden:
+        (hidden / "gone").read_text()
+    with pytest.raises(FileNotFoundError), files.building(tmp_path / "out"):
+        (tmp_path / "another").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_trouble_in_a_hidden_folder_is_told_under_the_final_name(tmp_path: Path) -> None:

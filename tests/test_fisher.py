@@ -20,6 +20,7 @@ from deme_diffusion.models.projection import Projected
 from deme_diffusion.pipeline import needs
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes.checks import parse
+from deme_diffusion.weight_files import FISHER_METADATA
 from deme_diffusion.weights import State, load_state
 
 SUBSET = [[10, 20]]
@@ -155,7 +156,7 @@ def test_interrupted_stage_goes_on_to_the_same_bits(
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
     assert {value.dtype for value in whole.values()} == {torch.float32}
     with safe_open(tmp_path / "whole" / fisher.FILE, framework="pt") as file:
-        about = json.loads(file.metadata()[fisher.METADATA_KEY])
+        about = json.loads(file.metadata()[FISHER_METADATA])
     assert about == {"subset": SUBSET, "samples": 7, "seed": 1, "expert": "e"}
 
 

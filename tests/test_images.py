@@ -16,12 +16,13 @@ from deme_diffusion.data.table import Table
 from deme_diffusion.errors import UserError
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.images import check_fit, source_of
-from deme_diffusion.pipeline.inputs import Input, read_json
+from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.pipeline.stages import Stages
 from deme_diffusion.recipes import Loaded
 from deme_diffusion.recipes.checks import parse
+from deme_diffusion.weight_files import read_json
 from pictures import caches_in, noise, numbered, on, write_folder, write_parquet
 
 Values = dict[str, Any]

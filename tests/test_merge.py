@@ -594,7 +594,7 @@ def test_interrupted_merge_leaves_no_model_under_the_final_name(
     monkeypatch.setattr(Merger, "part", failing)
     with Merger(base, experts) as merger, pytest.raises(error):
         write_merged(merger, [0.1, 0.1, 0.1], tmp_path / "out")
-    assert len(done) == 10
+    assert 10 <= len(done) < len(merger.keys())  # other threads may have been at work on a few
     assert not list((tmp_path / "out").iterdir())
     assert threading.active_count() == threads
 

@@ -149,15 +149,67 @@ def test_options_of_the_method_change_it_and_are_told(deme: Deme, models: Path) 
 
 
 def test_fisher_takes_a_file_an_expert(deme: Deme, models: Path) -> None:
-    for i in range(2):
-        ones = {key: torch.full_like(tensor, 3.0) for key, tensor in weights_of(models / "base").items()}
-        save_file(ones, models / f"f{i}.safetensors")
+    for i, information in enumerate((1.0, 3.0)):
+        filled = {key: torch.full_like(tensor, information) for key, tensor in weights_of(models / "base").items()}
+        save_file(filled, models / f"f{i}.safetensors")
     words = ["--fisher", "f0.safetensors", "--fisher", "f1.safetensors", "--method", "fisher", "--json"]
     told = json.loads(deme("merge", *TWO, *words).out)
     assert [Path(file["path"]).name for file in told["fisher"]] == ["f0.safetensors", "f1.safetensors"]
     key = "conv_in.weight"
-    expected = eq8(models, key, [0.5, 0.5])
+    expected = eq8(models, key, [0.25, 0.75])
     torch.testing.assert_close(weights_of(models / "merged")[key].double(), expected, rtol=1e-5, atol=1e-6)
+    assert [note.split(": ")[1] for note in told["notes"]] == [
+        "nothing says that it is Fisher information (no deme_fisher in its metadata)"
+    ] * 2
+
+
+def test_negative_entries_are_no_fisher_information(deme: Deme, models: Path) -> None:
+    """As of the experts' own weights, whose names and shapes are right."""
+    before = names(models)
+    files = [word for i in range(2) for word in ("--fisher", f"e{i}/{UNET}")]
+    done = deme("merge", *TWO, "--method", "fisher", *files)
+    line = done.err.splitlines()[-1]
+    assert done.status == 2 and re.match(
+        rf"deme: e[01]/{UNET}: \S+ has a negative entry, so it is no Fisher information", line
+    )
+    assert names(models) == before
+
+
+def of_artefact(models: Path, digest: str, i: int) -> list[str]:
+    """An expert as the run's store has it, and its Fisher information: the words that merge them."""
+    folder = models / "store" / digest
+    shutil.copytree(models / f"e{i}", folder)
+    (folder / "manifest.json").write_text(json.dumps({"digest": digest}))
+    filled = {key: torch.full_like(tensor, 1.0 + i) for key, tensor in weights_of(models / f"e{i}").items()}
+    about = {"deme_fisher": json.dumps({"expert": digest})}
+    save_file(filled, models / f"f{i}.safetensors", metadata=about)
+    return ["--expert", str(folder), "--fisher", f"f{i}.safetensors"]
+
+
+def test_fisher_information_of_the_other_expert_is_refused(deme: Deme, models: Path) -> None:
+    one, other = of_artefact(models, "aaaa", 0), of_artefact(models, "bbbb", 1)
+    start = ["merge", "--base", "base", "--out", "merged", "--method", "fisher"]
+    swapped = deme(*start, *one[:2], *other[:2], *other[2:], *one[2:], "--dry-run").refusal
+    assert swapped.startswith("f1.safetensors: Fisher information of expert 1 (")
+    assert ", not of expert 0 (" in swapped and swapped.endswith("; expert 0's is f0.safetensors")
+    strange = deme(*start, *one[:2], *one[2:], *one[:2], *other[2:]).refusal
+    assert strange.startswith("f1.safetensors: Fisher information of another (bbbb), not of expert 1 (")
+    assert deme(*start, *one, *other).status == 0
+    assert json.loads((models / "merged" / "merge.json").read_text())["notes"] == []
+    assert deme("merge", *TWO[:-1], "unknown", "--method", "fisher", *other[2:], *one[2:]).status == 0, "copies"
+
+
+def test_an_interrupted_merge_says_that_nothing_was_written(
+    deme: Deme, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deme_diffusion.merging.write.stream", stop)
+    before = names(models)
+    done = deme("merge", *TWO)
+    assert (done.status, done.out, done.err) == (130, "", "deme: interrupted: nothing was written\n")
+    assert names(models) == before
 
 
 def test_dtype_and_shard_size_of_the_output(deme: Deme, models: Path) -> None:
@@ -203,7 +255,8 @@ def test_merge_json_is_what_numpy_says(deme: Deme, models: Path) -> None:
     assert (record["weights_source"], record["dtype"], record["score"]) == ("given", "float32", None)
     assert record["shards"] == [WEIGHTS_NAME] and record["notes"] == []
     size = (models / "e1" / UNET).stat().st_size
-    assert record["experts"][1] == {"path": "e1/unet", "digest": None, "digest_from": "none", "bytes": size}
+    expert = record["experts"][1]
+    assert (expert["path"], expert["digest_from"], expert["bytes"]) == (str(models / "e1" / "unet"), "hashed", size)
     for name, prefix in (("model", ""), ("mid_block", "mid_block."), ("up_blocks.1", "up_blocks.1.")):
         seen = record["statistics"]["model"] if name == "model" else record["statistics"]["groups"][name]
         theta = flat(models / "base", prefix)
@@ -278,6 +331,44 @@ def test_methods_are_listed_with_options_and_sources(deme: Deme) -> None:
     listed = deme("merge", "--methods").out
     for row in METHODS.values():
         assert row.name in listed and row.source in listed and all(f"{name}=" in listed for name in row.options)
+    assert listed.count("only the ratios count") == sum(row.relative for row in METHODS.values()) > 0
+
+
+def test_methods_explain_their_options_and_weights(deme: Deme) -> None:
+    listed = deme("merge", "--methods").out
+    assert listed.count("density: share of a task vector's entries that stay, above 0 to 1") == 5
+    assert "rank: share of singular vectors kept (TSV), above 0 to 1" in listed
+    assert "t = |w2| / s, times s = |w1| + |w2|" in listed
+
+
+def test_an_expert_that_is_named_twice_is_said(deme: Deme, models: Path) -> None:
+    shutil.copytree(models / "e0", models / "copy")
+    (models / "link").symlink_to(models / "e0")
+    words = ["--base", "base", "--expert", "e0", "--expert", "copy", "--expert", "link", "--out", "merged"]
+    done = deme("merge", *words)
+    said = "link/unet: expert 2 is expert 0 again; its task vector counts twice"
+    assert said in done.err and done.err.count("again") == 1
+    assert said in json.loads((models / "merged" / "merge.json").read_text())["notes"]
+
+
+def test_options_from_python_are_a_mapping_or_keywords(models: Path) -> None:
+    experts, given = [models / "e0", models / "e1"], {"density": 0.1}
+    one = merge_checkpoints(models / "base", experts, models / "one", method="ties", options=given)
+    two = merge_checkpoints(models / "base", experts, models / "two", method="ties", density=0.1)
+    assert one.record["options"] == two.record["options"] == {"density": 0.1, "trim": "tensor"}
+    for options, more, said in (
+        (given, given, "density: given in options and by itself"),
+        ({"dnsity": 0.1}, {}, "did you mean 'density'"),
+        (0.1, {}, "options: 0.1; the method's options are expected"),
+    ):
+        with pytest.raises(UserError, match=said):
+            wrong: Any = {"options": options, **more}
+            merge_checkpoints(models / "base", experts, models / "no", method="ties", **wrong)
+
+
+def test_usage_errors_name_the_help_of_their_command(deme: Deme) -> None:
+    assert deme("merge", "--bse", "x").refusal.endswith("(deme merge --help tells more)")
+    assert deme("mrge").refusal.endswith("(deme --help tells more)")
 
 
 # --- dry run ------------------------------------------------------------------------------------------------------
@@ -287,7 +378,7 @@ def test_a_dry_run_tells_and_writes_nothing(deme: Deme, models: Path) -> None:
     before = names(models)
     done = deme("merge", *TWO, "--weights", "0.3,0.5", "--max-shard-size", "20KB", "--dtype", "bfloat16", "--dry-run")
     assert done.status == 0 and "weights 0.3 0.5 (given)" in done.out and "dtype: bfloat16" in done.out
-    assert "0.02 MB of weights; everything was checked, nothing is written" in done.out
+    assert "0.02 MB of weights; names, shapes, configs and space were checked; values are checked while" in done.out
     plan = json.loads(deme("merge", *TWO, "--max-shard-size", "20KB", "--dry-run", "--json").out)
     assert plan["bytes"] == sum(plan["shards"].values()) == 4 * 10709 and len(plan["shards"]) > 2
     assert plan["estimate"] is None and names(models) == before
@@ -323,6 +414,13 @@ def other_architecture(models: Path) -> None:
     edited(models, "e1", lambda state: state.update({"conv_inn.weight": state.pop("conv_in.weight")}))
 
 
+def other_class(models: Path) -> None:
+    """Of another class, with other keys."""
+    other_architecture(models)
+    config = models / "e1" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DConditionModel"}))
+
+
 def other_shape(models: Path) -> None:
     edited(models, "e1", lambda state: state.update({"conv_in.bias": torch.zeros(9)}))
 
@@ -346,29 +444,37 @@ def there_already(models: Path) -> None:
 @pytest.mark.parametrize(
     ("breaks", "words", "said"),
     [
-        (None, ["--weights", "0.1"], "weights: 1 given for 2 experts"),
-        (None, ["--weights", "0.1,0.2,0.3"], "weights: 3 given for 2 experts"),
+        (None, ["--weights", "0.1"], "--weights: 1 given for 2 experts"),
+        (None, ["--weights", "0.1,0.2,0.3"], "--weights: 3 given for 2 experts"),
         (None, ["--weights", "0.1;0.2"], "--weights 0.1;0.2: '0.1;0.2' is no number"),
         (None, ["--weights", "0.1,nan"], "--weights 0.1,nan: 'nan' is not finite"),
         (None, ["--weights-for", "down_blocks.*"], "--weights-for down_blocks.*: PATTERN=VALUE is expected"),
-        (None, ["--weights-for", "down_blocks.*=1"], "down_blocks.*: 1 given for 2 experts"),
+        (None, ["--weights-for", "down_blocks.*=1"], "--weights-for down_blocks.*: 1 given for 2 experts"),
         (None, ["--weights-for", "down_block.*=1,0"],
          "down_block.*: matches no parameter; did you mean 'down_blocks.*'?"),
         (None, ["--keep", "conv_ot.*=base"], "conv_ot.*: matches no parameter; did you mean 'conv_out.*'?"),
-        (None, ["--keep", "conv_out.*=2"], "keep conv_out.*=2: base, or an expert from 0 to 1"),
+        (None, ["--keep", "conv_out.*=2"], "--keep conv_out.*=2: base, or an expert from 0 to 1"),
         (None, ["--keep", "conv_out.*=e1"], "--keep conv_out.*=e1: base, or an expert's number"),
         (None, ["--method", "tise"], "method: unknown method 'tise'; did you mean 'ties'?"),
         (None, ["--method", "ties", "dnsity=1"], "dnsity: method ties takes density, trim; did you mean 'density'?"),
         (None, ["density=1"], "density: method task_arithmetic takes no options"),
-        (None, ["--method", "ties", "density=2"], "density: Input should be less than or equal to 1 (given: 2)"),
+        (None, ["weights_for=1"], "weights_for: no option of a method; say --weights-for"),
+        (None, ["--method", "ties", "density=2"],
+         "density: Input should be less than or equal to 1 (given: 2); density is the share of a task vector's"),
         (None, ["--method", "ties", "density="], "density=: an option of the method as KEY=VALUE is expected"),
-        (None, ["--method", "average", "--weights", "1,0"], "weights: method average takes none"),
+        (None, ["--method", "average", "--weights", "1,0"], "--weights: method average takes none"),
         (None, ["--method", "slerp", "--expert", "e0"], "method slerp merges 2 experts, 3 are given"),
         (None, ["--method", "fisher"], "fisher: 0 files given for 2 experts"),
         (None, ["--fisher", "f.safetensors"], "fisher: method task_arithmetic takes no Fisher information"),
         (None, ["--component", "unte"], "base base: has no part 'unte'; did you mean 'unet'?"),
-        (None, ["--dtype", "float8"], "Invalid value for '--dtype'"),
-        (None, ["--max-shard-size", "big"], "max_shard_size: 'big' is no size"),
+        (None, ["--dtype", "float8"], "--dtype: 'float8' is not one of float32, float16, bfloat16"),
+        (None, ["--dtype", "fp16"],
+         "--dtype: 'fp16' is not one of float32, float16, bfloat16; did you mean 'float16'?"),
+        (None, ["--max-shard-size", "big"], "--max-shard-size: 'big' is no size"),
+        (None, ["--max-shard-size", "5"], "--max-shard-size: '5' is 5 bytes; did you mean '5GB'?"),
+        (None, ["density", "0.5"], "density: an option of the method without its value; say density=..."),
+        (None, ["--method", "tsv", "rank=4"],
+         "rank: Input should be less than or equal to 1 (given: 4); rank is the share of singular vectors kept"),
         (None, ["--jobs", "2"], "--jobs: it is for a recipe"),
         (None, ["digits"], "digits: a recipe and --base do not go together"),
         (None, ["--out", "base"], "out: base is base, which is merged"),
@@ -376,6 +482,7 @@ def there_already(models: Path) -> None:
         (None, ["--out", "."], "out: . holds base, which is merged"),
         (None, ["--expert", "bse"], "expert bse: no such file or folder; did you mean 'base'?"),
         (there_already, [], "merged: exists already"),
+        (other_class, [], "e1/unet: a UNet2DConditionModel; the base is a UNet2DModel: another architecture"),
         (other_architecture, [], "e1/unet: keys differ from base/unet: 1 missing (conv_in.weight); 1 extra"),
         (other_shape, [], "e1/unet: conv_in.bias has shape (9,), base/unet has (4,)"),
         (cut_short, [], f"e1/{UNET}: not a whole safetensors file"),
@@ -431,6 +538,20 @@ def test_the_two_ways_are_not_mixed(deme: Deme, models: Path, words: list[str], 
         ({"method": "ties", "dnsity": 1}, "dnsity: method ties takes density, trim; did you mean 'density'?"),
         ({"method": "ties", "density": "much"}, "density: Input should be a valid number"),
         ({"dtype": "float8"}, "dtype: 'float8' is not one of float32, float16, bfloat16"),
+        ({"dtype": torch.float64}, "dtype: torch.float64 is not one of float32, float16, bfloat16"),
+        ({"dtype": 16}, "dtype: 16 is not one of float32, float16, bfloat16"),
+        ({"weights": 0.5}, "weights: 0.5; a number an expert is expected, as [0.3, 0.5]"),
+        ({"weights": "0.3,0.5"}, "weights: '0.3,0.5'; a number an expert is expected, as [0.3, 0.5]"),
+        ({"weights": [0.3, "much"]}, "weights: [0.3, 'much']; numbers are expected"),
+        ({"weights_for": {"conv_in.*": 0.5}}, "weights_for conv_in.*: 0.5; a number an expert is expected"),
+        ({"weights_for": [0.5]}, "weights_for: [0.5]; patterns with what they give are expected"),
+        ({"method": None}, "method: unknown method None"),
+        ({"experts": "e0"}, "experts: 'e0'; a list of paths is expected, as ['e0']"),
+        ({"experts": [None]}, "experts: None is no path"),
+        ({"fisher": "f"}, "fisher: 'f'; a list of paths is expected, as ['f']"),
+        ({"keep": {"conv_in.*": True}}, "keep conv_in.*=True: base, or an expert from 0 to 1"),
+        ({"keep": {"conv_in.*": np.int64(2)}}, "keep conv_in.*=2: base, or an expert from 0 to 1"),
+        ({"weigths": [0.5, 0.5]}, "weigths: method task_arithmetic takes no options; did you mean 'weights'?"),
         ({"keep": {"conv_in.*": "bas"}}, "keep conv_in.*=bas: base, or an expert from 0 to 1"),
         ({"out": "base"}, "out: "),
         ({"experts": []}, "no experts: "),
@@ -441,6 +562,13 @@ def test_python_refuses_the_same(models: Path, given: dict[str, Any], said: str)
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         merge_checkpoints(models / "base", arguments.pop("experts"), models / arguments.pop("out"), **arguments)
     assert names(models) == {"base", "e0", "e1"}
+
+
+def test_python_takes_torchs_dtype_and_numpys_integers(models: Path) -> None:
+    given: Any = {"dtype": torch.float16, "keep": {"conv_in.*": np.int64(1)}, "weights": np.array([0.5, 0.5])}
+    merged = merge_checkpoints(models / "base", [models / "e0", models / "e1"], models / "merged", **given)
+    assert merged.record["dtype"] == "float16" and merged.record["weights"]["keep"] == {"conv_in.*": 1}
+    assert torch.equal(weights_of(models / "merged")["conv_in.bias"], weights_of(models / "e1")["conv_in.bias"].half())
 
 
 # --- a fast start, and the other way ------------------------------------------------------------------------------
@@ -463,7 +591,7 @@ def test_help_methods_and_usage_errors_import_no_torch(tmp_path: Path, words: li
 
 def test_help_tells_both_ways_and_every_method(deme: Deme) -> None:
     told = deme("merge", "--help").out
-    assert "deme merge digits" in told and "deme merge --base sd --expert a" in told
+    assert "deme merge digits merge.method=ties merge.search=none" in told and "deme merge --base sd --expert a" in told
     assert all(f"\n    {name} " in told for name in METHODS)
 
 

@@ -12,21 +12,25 @@ from safetensors import safe_open
 
 from conftest import component, make_pico_values
 from deme_diffusion import cli
+from deme_diffusion.cli import show
 from deme_diffusion.config import MergeSettings
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.models import projection
-from deme_diffusion.pipeline import merges, searching
+from deme_diffusion.pipeline import engine, merges, searching
 from deme_diffusion.pipeline import stages as stages_module
+from deme_diffusion.pipeline.found import lost_gain
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.recipes import Loaded, to_yaml
 from deme_diffusion.recipes.checks import parse
 from deme_diffusion.report.page import render_page
+from deme_diffusion.report.tables import Row
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights, load_state
 
 Values = dict[str, Any]
+FOUND = {"weights", "source", "value", "value_before", "objective"}
 QUICK = {"num_images": 16, "scales": [1.0], "sampler": {"num_inference_steps": 2}, "fisher_samples": 5}
 
 
@@ -162,7 +166,7 @@ def test_weights_that_a_search_found_by_layer_are_those_of_the_merge(
     values: Values, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rules that the recipe gives go before them."""
-    monkeypatch.setattr(searching, "best", lambda trials: next(trial for trial in trials if trial.rules))
+    monkeypatch.setattr(searching, "best", lambda trials: next((trial for trial in trials if trial.rules), trials[0]))
     given = {"conv_out.*": [0.0, 1.0]}
     run = merged(values, runs, search="gradient", granularity="block", gradient_steps=2, weights_for=given)
     found = json.loads((run.store.folder(run.graph.searches[0].key) / "search.json").read_text())
@@ -187,7 +191,102 @@ def test_run_tells_its_method_on_page_card_and_terminal(values: Values, runs: Pa
     assert "conv_out.*" in page
     assert "Yadav et al. 2023" in card and "the base's" in card
     assert "density 0.5" in (run.merged / "README.md").read_text().replace("\\", "")
-    assert run.weights_found() == []
+    assert run.weights_found() == [
+        "merge weights of ties (density 0.5): 1 each, default of ties: merged and merged-uniform are the same model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        ({}, "merge weights: 0.5 each, default of task_arithmetic: merged and merged-uniform are the same model"),
+        ({"weights": [0.5, 0.25]}, "merge weights: 0.5, 0.25, given"),
+        ({"weights_for": {"conv_in.*": [0.0, 1.0]}},
+         "merge weights: 0.5 each and others for 1 patterns, default of task_arithmetic"),
+        ({"method": "average"}, "merge weights of average: none; average takes none: merged and merged-uniform are"),
+    ],
+)  # fmt: skip
+def test_weights_without_a_search_are_told_by_whose_they_are(
+    values: Values, tmp_path: Path, merge: Any, said: str
+) -> None:
+    (line,) = opened(with_merge(values, search="none", **merge), tmp_path / "run").weights_found()
+    assert line.startswith(said) and ("same model" in line) == ("same model" in said or "average" in said)
+
+
+def test_search_and_merge_print_what_was_found(
+    values: Values, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = searching.best
+    monkeypatch.setattr(searching, "best", lambda trials: chosen([t for t in trials if t.source == "grid"] or trials))
+    run = merged(values, runs, search="grid", grid_values=[0.25, 0.5], max_evaluations=12)
+    assert record_of(run)["weights_source"] == "search: grid", "the name is not said twice"
+    search, node = run.graph.searches[0], run.graph.merged[0]
+    show.made(run, [search, node, run.graph.experts[0][0]], True)
+    told = json.loads(capsys.readouterr().out)
+    found = json.loads((run.store.folder(search.key) / "search.json").read_text())
+    for entry in told[:2]:
+        assert {key: entry[key] for key in FOUND} == {key: found[key] for key in FOUND}
+    assert not FOUND & set(told[2])
+    show.made(run, [search, node], False)
+    lines = capsys.readouterr().out.splitlines()
+    listed = ", ".join(f"{w:.3g}" for w in found["weights"])
+    assert len(lines) == 4 and lines[1] == lines[3]
+    assert lines[1].startswith(f"  weights {listed}, by {found['source']}: {found['objective']}: ")
+    before, after = map(float, lines[1].rpartition(": ")[2].split(" to "))
+    assert (before, after) == pytest.approx((found["value_before"], found["value"]), rel=1e-3)
+    plain = merged(values, runs, weights=[0.5, 0.25])
+    show.made(plain, [plain.graph.merged[0]], False)
+    assert capsys.readouterr().out.splitlines()[1] == "  weights 0.5, 0.25 (given)"
+
+
+def fd(base: float, merged: float, split: str = "report") -> list[Row]:
+    """A table with one sampler."""
+
+    def figure(mean: float) -> Any:
+        return {"mean": mean, "spread": None, "n": 100, "seeds": [0], "protocol": {"split": split}}
+
+    return [{"model": name, "metrics": {"FD(x) DDIM-20": figure(mean), "loss": figure(mean)}}
+            for name, mean in (("base", base), ("merged", merged))]  # fmt: skip
+
+
+SEARCHED = {"value_before": 10.04, "value": 7.81, "trials": [{}] * 119}
+LOST = "the search's gain (FD 10.04 to 7.81 on 100 images, 119 trials) did not carry over to the report split"
+
+
+@pytest.mark.parametrize(
+    ("rows", "found", "said"),
+    [
+        (fd(9.0, 9.1), SEARCHED, LOST),
+        (fd(9.0, 9.0), SEARCHED, LOST),
+        (fd(9.0, 8.9), SEARCHED, ""),
+        (fd(9.0, 9.1, split="published"), SEARCHED, ""),
+        (fd(9.0, 9.1)[:1], SEARCHED, ""),
+        ([], SEARCHED, ""),
+        (fd(9.0, 9.1), {**SEARCHED, "value": 10.04}, ""),
+        (fd(9.0, 9.1), {**SEARCHED, "value": 10.0399999}, LOST.replace("10.04 to 7.81", "10.04 to 10.0399999")),
+    ],
+)
+def test_gain_that_the_report_split_does_not_show_is_said(rows: list[Row], found: Any, said: str) -> None:
+    assert lost_gain(found, rows, 0, 100) == said
+
+
+def test_search_that_will_follow_the_noise_is_warned_of_while_it_is_left_to_do(
+    values: Values, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = graph_of(values, search="grid", grid_values=[0.1, 0.2, 0.3, 0.4, 0.5], max_evaluations=119)
+    engine._warn_of_noise(graph, [node for node in graph.nodes if node.stage != "search"])
+    assert caplog.text == ""
+    engine._warn_of_noise(graph, graph.nodes)
+    assert caplog.text.count("FD on 16 images follows the sampling noise") == 1
+
+
+def test_gain_is_looked_for_by_sampler_and_seed() -> None:
+    rows = fd(9.0, 8.0)
+    for row, values_of in zip(rows, ([9.0, 9.0], [8.0, 9.5]), strict=True):
+        several = {**row["metrics"]["loss"], "seeds": [3, 4], "values": values_of}
+        row["metrics"]["FD(x) DDPM-50"] = several  # type: ignore[assignment]
+    assert lost_gain(SEARCHED, rows, 3, 100) == ""
+    assert lost_gain(SEARCHED, rows, 4, 100) == f"{LOST} with DDPM-50"
 
 
 # weights by pattern, tensors of one model, dtype, shards

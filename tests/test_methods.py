@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from deme_diffusion import rng
 from deme_diffusion.config import MethodOptions
-from deme_diffusion.merging.methods import Parameter, function
+from deme_diffusion.merging.methods import Parameter, function, thresholds_of
 from deme_diffusion.merging.table import METHODS, method
-from deme_diffusion.merging.thresholds import global_thresholds, kept
+from deme_diffusion.merging.thresholds import global_thresholds, kept, magnitudes
 from deme_diffusion.merging.vectors import Weight
 
 Rows = Sequence[Any]
@@ -135,8 +135,8 @@ def test_ties_with_weights_of_mixed_sign_divides_by_a_count() -> None:
 
 
 def test_ties_with_global_thresholds_may_leave_nothing_of_a_tensor() -> None:
-    assert close(merged("ties", TRIMMED, [1.0, 1.0], thresholds=[2.5, 3.5]), [3.0, 0.0, 4.0, 0.0, 0.0])
-    assert close(merged("ties", TRIMMED, [1.0, 1.0], base=[7.0] * 5, thresholds=[9.0, 9.0]), [7.0] * 5)
+    assert close(merged("ties", TRIMMED, [1.0, 1.0], thresholds=[(2.5,), (3.5,)]), [3.0, 0.0, 4.0, 0.0, 0.0])
+    assert close(merged("ties", TRIMMED, [1.0, 1.0], base=[7.0] * 5, thresholds=[(9.0,), (9.0,)]), [7.0] * 5)
 
 
 def test_breadcrumbs_removes_both_ends() -> None:
@@ -154,7 +154,9 @@ def test_small_tensors_are_not_wiped(name: str, density: float, size: int) -> No
 
 def mask(purpose: str, i: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     """The keyed draws, told a second time."""
-    return torch.from_numpy(rng.generator(seed, purpose, "conv.weight", i).random(shape, dtype=np.float32))
+    bits = rng.generator(seed, purpose, "conv.weight", i).bit_generator
+    words = bits.random_raw((math.prod(shape) + 1) // 2).view(np.int32)[: math.prod(shape)]
+    return torch.from_numpy((words.astype(np.float64) / 2**32 + 0.5).reshape(shape))
 
 
 def test_dare_keeps_each_entry_at_random_and_rescales_it() -> None:
@@ -188,6 +190,19 @@ def test_della_drops_by_rank_within_a_row() -> None:
     ratio = got / rows
     assert all(close(ratio[:, i][ratio[:, i] != 0].unique(), [1 / keep[i]]) for i in range(4))
     assert torch.allclose((ratio != 0).float().mean(0), keep, atol=5 * 0.5 / math.sqrt(3000))
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 300), (7, 1)])
+def test_della_keeps_larger_entries_more_often_and_equal_ones_in_their_order(shape: tuple[int, ...]) -> None:
+    tau = normal(*shape).mul(3).round().float()  # many are equal
+    rows = tau.view(tau.shape[0], -1) if tau.ndim > 1 else tau.view(1, -1)
+    length, spread = rows.shape[1], 0.2
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)
+    keep = torch.empty(rows.shape).scatter_(
+        1, order, (0.5 - spread * ((torch.arange(length) + 0.5) / length - 0.5)).expand(rows.shape)
+    )
+    draws = torch.from_numpy(rng.generator(0, "della", "conv.weight", 0).random(rows.shape, dtype=np.float32))
+    assert close(merged("della", [tau], [1.0]).view(rows.shape), rows * (draws < keep) / keep)
 
 
 def test_della_narrows_epsilon_where_probabilities_would_leave_their_range() -> None:
@@ -243,7 +258,7 @@ def test_global_thresholds_of_any_floats(values: list[float], density: float) ->
 
 def test_trimming_one_tensor_per_tensor_is_trimming_it_globally() -> None:
     vectors = [v.float().double() for v in some((30, 30), 3)]
-    thresholds = [sorted_threshold([v], 0.2) for v in vectors]
+    thresholds = [(sorted_threshold([v], 0.2),) for v in vectors]
     here = merged("ties", vectors, [1.0] * 3)
     assert torch.equal(here, merged("ties", vectors, [1.0] * 3, thresholds=thresholds))
 
@@ -371,11 +386,14 @@ def test_a_nan_in_an_expert_does_not_vanish(name: str, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.pointwise])
 def test_pointwise_methods_merge_in_slices_what_they_merge_whole(name: str) -> None:
     p = parameter(name, some((50,), 3), [0.7, -0.4, 1.1], base=normal(50, seed=77))
+    sizes = [magnitudes(p.base.value, expert.value) for expert in p.experts]
+    thresholds = [thresholds_of(name)(size, p.options) for size in sizes] if METHODS[name].thresholds else None
 
     def part(where: slice) -> torch.Tensor:
         experts = [Weight(expert.value[where]) for expert in p.experts]
         fisher = p.fisher and [information[where] for information in p.fisher]
-        return function(name)(replace(p, base=Weight(p.base.value[where]), experts=experts, fisher=fisher)).value
+        piece = replace(p, base=Weight(p.base.value[where]), experts=experts, fisher=fisher)
+        return function(name)(replace(piece, thresholds=thresholds, first=where.start)).value
 
     assert torch.equal(function(name)(p).value, torch.cat([part(slice(0, 13)), part(slice(13, 50))]))
 
@@ -386,3 +404,11 @@ def test_experts_of_other_dtypes_are_merged_in_the_widest(name: str) -> None:
     mixed = [Weight(expert.value.to(dtype)) for expert, dtype in zip(p.experts, DTYPES[1:], strict=False)]
     got = function(name)(replace(p, experts=mixed)).value
     assert got.isfinite().all() and got.dtype == (torch.float64 if len(mixed) == 3 else torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.weighted])
+@pytest.mark.parametrize("shape", [(6, 5), (7,)])
+def test_multiples_of_the_weights_make_the_same_where_only_ratios_count(name: str, shape: tuple[int, ...]) -> None:
+    weights, vectors = [0.2, -0.3, 0.4][: num_experts(name)], some(shape, num_experts(name))
+    one, double = (merged(name, vectors, [factor * w for w in weights], dtype=torch.float64) for factor in (1.0, 2.0))
+    assert close(one, double) == METHODS[name].relative

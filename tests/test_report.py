@@ -425,6 +425,12 @@ def test_everything_textual_stays_text(run: dict[str, Any], tmp_path: Path) -> N
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*https?:""", text) and "url(" not in text
 
 
+def test_trials_with_weights_by_layer_say_so(run: dict[str, Any], tmp_path: Path) -> None:
+    assert "by layer" not in render_page(run, tmp_path)
+    run["search"]["trials"][0]["rules"] = {"conv_in.*": [0.5, 0.0]}
+    assert render_page(run, tmp_path).count('<th scope="row">zero, by layer') == 1
+
+
 def test_images_are_embedded_and_decode(run: dict[str, Any], tmp_path: Path) -> None:
     page = Reader(render_page(run, tmp_path))
     kinds = []
@@ -444,6 +450,19 @@ def test_the_page_says_what_the_run_says(run: dict[str, Any], tmp_path: Path) ->
     assert "<b>5.90</b><span> ± 0.10</span>" in text and "FD(digits-cnn) DDIM-50: extractor digits-cnn" in text
     assert "cannot be shown (no.npy" in text
     assert "demonstration</span>" not in render_page({**run, "demonstration": False}, tmp_path)
+
+
+def test_the_page_shows_the_best_trials_and_folds_the_others(run: dict[str, Any], tmp_path: Path) -> None:
+    trials = [{"weights": [0.1, i / 100], "source": f"trial {i:02d}", "value": 9.0 - i / 10} for i in range(14)]
+    lost = "the search's gain <b> did not carry over to the report split"
+    text = render_page({**run, "search": {**run["search"], "trials": trials}, "lost_gains": [lost]}, tmp_path)
+    shown, folded = text.partition("<summary>4 more trials</summary>")[::2]
+    assert re.findall(r"trial \d\d", shown) == [f"trial {i:02d}" for i in range(13, 3, -1)]
+    assert re.findall(r"trial \d\d", folded) == [f"trial {i:02d}" for i in range(3, -1, -1)]
+    assert text.count("(chosen)") == 1 and "trial 13 (chosen)</th>" in shown
+    assert "The search&#39;s gain &lt;b&gt; did not carry over to the report split." in text
+    few = render_page(run, tmp_path)
+    assert "more trials" not in few and few.count("(chosen)") == 1
 
 
 def test_any_key_may_be_missing(run: dict[str, Any], tmp_path: Path) -> None:

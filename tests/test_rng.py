@@ -26,6 +26,14 @@ def test_seed_purpose_step_and_index_each_change_the_draws() -> None:
     assert len({rng.generator(seed, purpose, step).random() for seed, purpose, step, _ in KEYS[:4]}) == 4
 
 
+@given(st.integers(0, 70), st.integers(0, 40))
+def test_words_depend_on_their_place_alone(first: int, count: int) -> None:
+    whole = rng.words(3, "mask", first=0, count=120)
+    assert whole.dtype == np.int32 and len(np.unique(whole)) == 120
+    np.testing.assert_array_equal(rng.words(3, "mask", first=first, count=count), whole[first : first + count])
+    assert not np.array_equal(rng.words(4, "mask", first=0, count=120), whole)
+
+
 def test_a_text_and_a_number_are_different_purposes() -> None:
     assert rng.seed_of(0, 1) != rng.seed_of(0, "1")
     assert rng.seed_of(0, "a", "b") != rng.seed_of(0, "ab")

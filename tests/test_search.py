@@ -23,6 +23,7 @@ from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObj
 from deme_diffusion.merging.search import (
     Candidate,
     Given,
+    Space,
     Trial,
     always,
     best,
@@ -218,6 +219,16 @@ def test_every_search_holds_what_is_always_proposed_and_no_point_twice(search: s
     assert [c.source for c in proposals[:4]] == ["w = 0", "uniform", "one-hot 0", "one-hot 1"]
     extra = {(0.5, 0.25)} if search == "least_squares" else {(0.0, 0.5), (0.5, 0.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)}
     assert set(points[4:]) == extra
+
+
+def test_multiples_are_the_same_model_where_only_ratios_count() -> None:
+    settings = MergeSettings(search="grid", grid_values=(-0.3, 0.0, 0.1, 0.3))
+    space = Space(2, None, default=(1.0, 1.0), relative=True)
+    points = [tuple(c.weights) for c in candidates(2, settings, never, space=space)]
+    assert points[:4] == [(0.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)], "1 each is uniform"
+    rest = [(-0.3, -0.3), (-0.3, 0.0), (-0.3, 0.1), (-0.3, 0.3), (0.0, -0.3), (0.1, -0.3), (0.1, 0.3), (0.3, -0.3)]
+    assert points[4:] == [*rest, (0.3, 0.1)]
+    assert len(candidates(2, settings, never)) == 4 + 15, "elsewhere only the base is proposed twice"
 
 
 def test_grid_has_every_combination() -> None:

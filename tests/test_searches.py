@@ -20,14 +20,21 @@ from deme_diffusion.merging.search import (
     Journal,
     Rules,
     Space,
+    best,
     best_so_far,
     candidates,
     check_search,
+    least_squares_weights,
+    needed,
+    noise_warning,
     proposed,
     reserved,
+    score,
+    shaped_by_loss,
     shaping,
 )
 from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.merging.table import method
 
 SEARCHES = ("grid", "least_squares", "gradient", "cma_es", "tpe")
 TARGET = (0.3, -0.7, 1.4)
@@ -96,7 +103,7 @@ def settings_of(search: str, **changes: Any) -> MergeSettings:
 
 def found(path: Path, objective: Any, settings: MergeSettings, space: Space | None = None) -> list[Candidate]:
     """What one search proposes, by a journal at that path."""
-    budget = Budget(settings.max_evaluations - reserved(3, settings))
+    budget = Budget(settings.max_evaluations - reserved(Space(3), settings))
     journal = Journal(path, "loss", objective, budget)
     return list(proposed(settings, lambda: journal, lambda: journal, space or Space(3, settings.bounds), 0))
 
@@ -201,7 +208,7 @@ def test_search_that_stopped_anywhere_ends_as_one_that_never_did(search: str, tm
 
 def _finished(path: Path, objective: Residual, settings: MergeSettings) -> list[Candidate]:
     """What FD would judge."""
-    budget = Budget(settings.max_evaluations - reserved(3, settings))
+    budget = Budget(settings.max_evaluations - reserved(Space(3), settings))
     journal = Journal(path, "loss", objective, budget)
     return candidates(3, settings, lambda: journal, lambda: journal)
 
@@ -236,8 +243,8 @@ def test_no_search_asks_for_more_than_its_budget(search: str, limit: int, tmp_pa
         objective = Residual()
         settings = settings_of(search, max_evaluations=limit, start=start, gradient_steps=100)
         found(tmp_path / start, objective, settings)
-        assert objective.cost <= limit - reserved(3, settings)
-        assert objective.cost > (limit - reserved(3, settings)) / 2
+        assert objective.cost <= limit - reserved(Space(3), settings)
+        assert objective.cost > (limit - reserved(Space(3), settings)) / 2
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -288,6 +295,7 @@ def test_missing_package_is_told_in_one_line(search: str, package: str, monkeypa
         ({"search": "least_squares"}, "tsv", "least_squares: it needs derivatives"),
         ({"search": "cma_es", "max_evaluations": 10}, "ties", "more than merge.max_evaluations=10"),
         ({"search": "least_squares", "gauss_newton_rounds": 2, "max_evaluations": 15}, "task_arithmetic", "more than"),
+        ({"search": "cma_es", "granularity": "block"}, "ties", "merge.granularity=block: merge.search=cma_es has one"),
     ],
 )
 def test_search_that_cannot_be_made_is_refused_before_anything_runs(
@@ -296,6 +304,26 @@ def test_search_that_cannot_be_made_is_refused_before_anything_runs(
     with pytest.raises(UserError, match=message):
         check_search(4, MergeSettings.model_validate(settings), method)
     check_search(4, MergeSettings(search="grid", grid_values=(0.0, 1.0)), "ties")
+
+
+@pytest.mark.parametrize(
+    ("settings", "candidates"),
+    [
+        ({"search": "cma_es", "num_images": 100, "max_evaluations": 119}, 119),
+        ({"search": "grid", "num_images": 999, "grid_values": (0.0, 0.25, 0.5)}, 81 + 4),  # with the experts alone
+        ({"search": "cma_es", "num_images": 1000, "max_evaluations": 119}, None),
+        ({"search": "tpe", "num_images": 100, "max_evaluations": 20}, None),
+        ({"search": "cma_es", "num_images": 100, "objective": "loss"}, None),
+        ({"search": "least_squares", "num_images": 100}, None),
+        ({"search": "none", "num_images": 100}, None),
+    ],
+)
+def test_least_of_many_fds_on_few_images_is_warned_of(settings: dict[str, Any], candidates: int | None) -> None:
+    said = noise_warning(4, MergeSettings.model_validate(settings))
+    assert (said is None) == (candidates is None)
+    if said and candidates:
+        assert f"FD on {settings['num_images']} images follows the sampling noise" in said
+        assert f"the least of up to {candidates};" in said
 
 
 def test_method_with_weights_of_its_own_begins_there_and_they_are_tried(tmp_path: Path) -> None:
@@ -330,6 +358,28 @@ def test_a_search_is_keyed_by_what_shapes_it() -> None:
     assert shaping(MergeSettings.model_validate({**sampled, "objective": "loss"})) == {**sampled, "objective": "loss"}
 
 
+def test_key_of_a_search_holds_no_more_than_it_uses() -> None:
+    form = {"ridge": 0.5, "gauss_newton_rounds": 1}
+
+    def key(search: str, method: str = "task_arithmetic", **given: Any) -> dict[str, Any]:
+        return shaping(MergeSettings.model_validate({"search": search, **given}), method)
+
+    assert key("cma_es", "ties", **form, start="uniform") == {"search": "cma_es"}
+    assert key("cma_es", **form, start="uniform") == {"search": "cma_es", "start": "uniform"}
+    assert key("cma_es", **form) == {"search": "cma_es", **form}
+    assert key("least_squares", start="zero", **form) == form
+    for search, given, name, loss in (
+        ("grid", {}, "task_arithmetic", False),
+        ("grid", {"objective": "loss"}, "ties", True),
+        ("tpe", {"start": "zero"}, "task_arithmetic", False),
+        ("tpe", {}, "ties", False),
+        ("tpe", {}, "task_arithmetic", True),
+        ("gradient", {"start": "zero"}, "task_arithmetic", True),
+        ("least_squares", {}, "task_arithmetic", True),
+    ):
+        assert shaped_by_loss(MergeSettings.model_validate({"search": search, **given}), name) == loss  # type: ignore[dict-item]
+
+
 def test_candidate_of_groups_carries_rules_and_their_mean() -> None:
     space = Space(2, None, ("a.*", "b.*"), (0.25, 0.75))
     candidate = space.candidate(np.array([[1.0, 0.0], [0.0, 2.0]]), "here")
@@ -341,7 +391,7 @@ def test_candidate_of_groups_carries_rules_and_their_mean() -> None:
 
 
 @pytest.mark.parametrize("search", ["cma_es", "tpe"])
-def test_weights_that_make_no_model_are_passed_over_unless_the_search_begins_there(search: str, tmp_path: Path) -> None:
+def test_weights_that_make_no_model_are_passed_over(search: str, tmp_path: Path) -> None:
     class Half(Residual):
         def value(self, weights: Given) -> float:
             value = super().value(weights)
@@ -353,5 +403,166 @@ def test_weights_that_make_no_model_are_passed_over_unless_the_search_begins_the
     proposals = found(tmp_path / "search.jsonl", Half(), settings_of(search))
     assert 20 < len(proposals) < 110
     assert all(-0.05 <= c.weights[0] <= 0.5 for c in proposals)
-    with pytest.raises(UserError, match="not finite"):
-        found(tmp_path / "there", Half(), settings_of(search, bounds=(-2.0, -1.0)))
+    assert found(tmp_path / "there", Half(), settings_of(search, bounds=(-2.0, -1.0))) == []
+    records = read_jsonl(tmp_path / "there")
+    assert {(record["answer"], record["reason"]) for record in records} == {(None, "the merged tensor is not finite")}
+
+
+# what cannot be used
+
+
+class Broken(Residual):
+    """No model beyond a first weight of 0.4, and no number below -0.4."""
+
+    def _check(self, weights: Given) -> float:
+        rows = [row[0] for row in _rows(weights).values()]
+        if max(rows) > 0.4:
+            raise UserError("the merged tensor is not finite")
+        return float("nan") if min(rows) < -0.4 else 0.0
+
+    def value(self, weights: Given) -> float:
+        return super().value(weights) + self._check(weights)
+
+    def gradient(self, weights: Given, step: int | None = None) -> tuple[float, Rules]:
+        value, rows = super().gradient(weights, step)
+        return value + self._check(weights), rows
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("objective", ["loss", "fd"])
+def test_a_candidate_that_cannot_be_used_ends_no_search(search: str, objective: str, tmp_path: Path) -> None:
+    settings = settings_of(
+        search,
+        objective=objective,
+        grid_values=(0.0, 0.3, 2.0),
+        scales=[0.2, -3.0, 9.0],
+        gradient_learning_rate=3.0,
+        max_evaluations=60,
+    )
+    journal = Journal(tmp_path / "x", "FD", Broken(), Budget(50))
+    trials = list(score(candidates(3, settings, lambda: journal, lambda: journal), journal))
+    own = [t for t in trials if len(set(t.weights)) == 3 or t.weights == [0.3] * 3]
+    # A descent whose first step leads to no model ends where it began, which is tried anyway.
+    assert search == "gradient" or any(t.value < 1e9 for t in own)
+    assert best(trials).value < 1e9
+    records = read_jsonl(tmp_path / "x")
+    unusable = [record for record in records if record["answer"] is None]
+    assert {record["reason"] for record in unusable} <= {"the merged tensor is not finite", "it is no number"}
+    assert len(unusable) >= 1
+    for trial in trials:
+        assert (trial.as_dict()["value"] is None) == (trial.value == float("inf")) == ("reason" in trial.as_dict())
+        if trial.weights[0] == 1.0:
+            assert trial.as_dict()["reason"] == "the merged tensor is not finite"
+    again = Journal(tmp_path / "x", "FD", Broken(stop=0), Budget(50))
+    assert list(score(candidates(3, settings, lambda: again, lambda: again), again)) == trials
+    assert json.loads((tmp_path / "x").read_text().splitlines()[0], parse_constant=lambda word: pytest.fail(word))
+
+
+def test_what_could_not_be_answered_is_asked_anew_once_it_is_forgotten(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x", "FD", Broken())
+    journal.value([0.0, 0.0, 0.0])
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite"):
+            journal.value([1.0, 0.0, 0.0])
+    journal.forget()
+    mended = Residual()
+    assert Journal(tmp_path / "x", "FD", mended).value([1.0, 0.0, 0.0]) == Residual().value([1.0, 0.0, 0.0])
+    assert [record["answer"] is None for record in read_jsonl(tmp_path / "x")] == [False, False]
+
+
+# the budget
+
+
+OWN = (
+    {"search": "grid"},
+    {"search": "grid", "objective": "fd"},
+    {"search": "least_squares", "gauss_newton_rounds": 1},
+    {"search": "least_squares"},
+    {"search": "gradient", "start": "zero"},
+    {"search": "gradient", "start": "least_squares", "gauss_newton_rounds": 1},
+    *({"search": search, "start": start} for search in ("cma_es", "tpe") for start in ("zero", "least_squares")),
+    {"search": "cma_es", "method": "ties"},
+    {"search": "tpe", "method": "slerp", "objective": "fd", "start": "least_squares"},
+    {"search": "tpe", "fixed": True},
+)
+
+
+@pytest.mark.parametrize("given", OWN, ids=lambda given: "-".join(map(str, given.values())))
+def test_what_a_search_needs_is_enough_for_a_proposal_of_its_own_and_less_is_refused(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = dict(given)
+    row, fixed = method(changes.pop("method", "task_arithmetic")), changes.pop("fixed", False)
+    space = Space.of(row, 3, None, fixed=fixed)
+    settings = settings_of(**changes)
+    count = needed(space, settings)
+    enough, less = (settings.model_copy(update={"max_evaluations": n}) for n in (count, count - 1))
+    objective = Residual(bend=0.1)
+    journal = Journal(tmp_path / "x", "loss", objective, Budget(count - reserved(space, settings)))
+    judged = candidates(3, enough, lambda: journal, lambda: journal, space=space)
+    tried = [c.source for c in candidates(3, settings_of("none"), _never, space=space)]
+    assert [c.source for c in judged[: len(tried)]] == tried
+    assert len(judged) > len(tried)
+    with pytest.raises(UserError, match=f"more than merge.max_evaluations={count - 1}"):
+        candidates(3, less, _never, space=space)
+
+
+def _never() -> Any:
+    raise AssertionError("it was asked")
+
+
+def test_advice_of_a_search_that_needs_too_much_is_its_own() -> None:
+    for search, advice in (("grid", "fewer grid_values"), ("least_squares", "fewer scales"), ("tpe", "start=zero")):
+        with pytest.raises(UserError, match=advice):
+            check_search(4, MergeSettings.model_validate({"search": search, "max_evaluations": 5}))
+    with pytest.raises(UserError, match="=5; raise the limit"):
+        check_search(4, MergeSettings.model_validate({"search": "tpe", "max_evaluations": 5}), "ties")
+
+
+# bounds
+
+
+def test_least_squares_within_bounds_is_the_least_there_and_not_the_free_one_clipped() -> None:
+    draw = np.random.default_rng(0)
+    clipped_worse = 0
+    for _ in range(40):
+        x = draw.normal(size=(30, 1)) + 0.5 * draw.normal(size=(30, 3))
+        y = x @ draw.normal(0.25, 0.8, size=3) + draw.normal(size=30)
+        a, b = x.T @ x, x.T @ y
+        w = least_squares_weights(a, b, 0.0, (0.0, 1.0))
+        slope = a @ w - b
+        assert ((w >= 0) & (w <= 1)).all()
+        at = [
+            (slope[i] >= -1e-7) if w[i] == 0 else (slope[i] <= 1e-7) if w[i] == 1 else abs(slope[i]) < 1e-7
+            for i in range(3)
+        ]
+        assert all(at)  # Karush, Kuhn and Tucker
+        clipped = np.clip(np.linalg.solve(a, b), 0.0, 1.0)
+        clipped_worse += clipped @ a @ clipped - 2 * b @ clipped > w @ a @ w - 2 * b @ w + 1e-6
+    assert clipped_worse > 5
+    free = least_squares_weights(a, b, 0.1)
+    assert (least_squares_weights(a, b, 0.1, (-99.0, 99.0)) == free).all()
+    assert least_squares_weights(np.zeros((2, 2)), np.zeros(2), 0.0, (0.1, 1.0)).tolist() == [0.1, 0.1]
+
+
+def test_grid_that_bounds_change_says_so(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level("INFO")
+    found(tmp_path / "x", Residual(), settings_of("grid", bounds=(0.1, 2.0)))
+    assert "merge.bounds=[0.1, 2.0] makes grid_values [0.1, 1.0]" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["grid_values", "scales"])
+def test_a_grid_or_scales_of_nothing_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        MergeSettings.model_validate({name: []})
+
+
+def test_gradient_leaves_both_its_ends_to_fd(tmp_path: Path) -> None:
+    proposals = found(tmp_path / "x", Residual(), settings_of("gradient", start="uniform"))
+    assert [c.source for c in proposals] == ["gradient", "gradient, start"]
+
+
+def test_best_so_far_is_told_every_few_evaluations(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level("INFO")
+    found(tmp_path / "x", Residual(), settings_of("tpe", max_evaluations=40))
+    assert "loss: 10 evaluations, best so far" in caplog.text

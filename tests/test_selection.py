@@ -36,7 +36,7 @@ def test_keep_names_whose_tensor_it_is_and_the_last_match_wins() -> None:
     [
         (MergeWeights((0.5,)), "weights: 1 given for 2 experts"),
         (MergeWeights((0.5,) * 3), "weights: 3 given for 2 experts"),
-        (MergeWeights((0.5, 0.5), {"conv_in.*": (1.0,)}), "conv_in.*: 1 given for 2 experts"),
+        (MergeWeights((0.5, 0.5), {"conv_in.*": (1.0,)}), "weights_for conv_in.*: 1 given for 2 experts"),
         (MergeWeights((0.5, 0.5), {}, {"conv_in.*": 2}), "keep conv_in.*=2: base, or an expert from 0 to 1"),
         (MergeWeights((0.5, float("nan"))), "weights: [0.5, nan]; a weight is a finite number"),
         (

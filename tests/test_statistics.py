@@ -137,6 +137,18 @@ def test_of_big_models_a_fixed_share_is_seen_and_the_sums_stand_for_all(monkeypa
     assert sampled["model"]["cosines"][0][1] == pytest.approx(whole["model"]["cosines"][0][1], abs=0.02)
 
 
+@pytest.mark.parametrize("columns", [1024, 4096, 5120, 16384])
+def test_a_change_of_some_columns_is_seen_in_its_share(columns: int) -> None:
+    key, size = "up_blocks.0.conv.weight", 2**17
+    observer = Statistics(1, 64 * size)
+    base, changed = torch.ones(size), (torch.arange(64 * size) % columns) >= columns // 4
+    for first in range(0, 64 * size, size):
+        observer.see(key, base, [base + changed[first : first + size]])
+    found = observer.as_dict()["model"]
+    assert found["share_seen"] == 1 / 16
+    assert found["norms"][0] == pytest.approx((48 * size) ** 0.5, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("key", "group"),
     [

@@ -19,6 +19,7 @@ from conftest import component
 from deme_diffusion import weights as weights_module
 from deme_diffusion.config import MethodOptions
 from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.merging import reading
 from deme_diffusion.merging import stream as stream_module
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.selection import MergeWeights
@@ -69,6 +70,58 @@ def test_slices_of_any_size_give_the_bits_of_the_whole(
     with Merger(folders[0], folders[1:], method) as merger:
         found = streamed(merger, [0.3, -0.2, 0.7], tmp_path / "out.safetensors", entries=entries)
         assert state_digest(found) == state_digest(merger.state([0.3, -0.2, 0.7]))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "breadcrumbs"])
+def test_bits_do_not_depend_on_the_threads_nor_on_how_far_is_looked_ahead(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    digests, before = set(), torch.get_num_threads()
+    for threads, ahead in [(1, 1), (2, 1), (4, 600), (4, 1 << 25)]:
+        monkeypatch.setattr(stream_module, "AHEAD", ahead)
+        try:
+            torch.set_num_threads(threads)
+            with Merger(folders[0], folders[1:], method) as merger:
+                found = streamed(merger, [0.3, 0.0, 0.7], tmp_path / f"{len(digests)}.safetensors", entries=50)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        digests.add(state_digest(found))
+    assert len(digests) == 1
+
+
+def test_thresholds_are_of_the_whole_tensor_and_looked_for_once_an_expert(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = Merger.thresholds, list[tuple[str, int]]()
+
+    def counting(merger: Merger, key: str, i: int) -> tuple[float, ...]:
+        looks.append((key, i))
+        return real(merger, key, i)
+
+    monkeypatch.setattr(Merger, "thresholds", counting)
+    weights = MergeWeights((1.0, 1.0, 1.0), {"down.bias": (0.0, 0.0, 0.0)}, {"one": 2})
+    with Merger(folders[0], folders[1:], "ties", MethodOptions(density=0.1)) as merger:
+        found = streamed(merger, weights, tmp_path / "out.safetensors", entries=10)
+    assert sorted(looks) == [(key, i) for key in ("down.weight", "long", "scale") for i in range(3)]
+    taus = [drawn(seed)["long"] - drawn(0)["long"] for seed in (1, 2, 3)]
+    stay = torch.stack([tau.abs() >= tau.abs().sort().values[900] for tau in taus])
+    assert torch.equal(found["long"] != drawn(0)["long"], stay.any(0))
+
+
+def test_error_of_a_look_is_raised_and_no_thread_or_file_stays(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.active_count()
+
+    def failing(merger: Merger, key: str, i: int) -> tuple[float, ...]:
+        raise MachineError(f"{key}: cannot be read")
+
+    monkeypatch.setattr(Merger, "thresholds", failing)
+    with Merger(folders[0], folders[1:], "ties") as merger, pytest.raises(MachineError, match="cannot be read"):
+        streamed(merger, [1.0] * 3, tmp_path / "out" / WEIGHTS_NAME, entries=16)
+    assert not list((tmp_path / "out").iterdir())
+    assert threading.active_count() == threads
 
 
 def test_streamed_bits_are_those_of_eq_8(tmp_path: Path, folders: list[Path]) -> None:
@@ -189,7 +242,7 @@ def test_fisher_method_is_refused_without_its_files_or_with_those_of_another_mod
     tmp_path: Path, folders: list[Path]
 ) -> None:
     file = information(tmp_path, 11)
-    with pytest.raises(UserError, match="1 files of Fisher information for 3 experts"):
+    with pytest.raises(UserError, match="1 files given for 3 experts"):
         Merger(folders[0], folders[1:], "fisher", fisher=[file])
     with pytest.raises(UserError, match="method task_arithmetic takes no Fisher information"):
         Merger(folders[0], folders[1:2], fisher=[file])
@@ -294,7 +347,7 @@ def test_a_closed_line_wakes_and_refuses_both_sides() -> None:
 def test_error_of_the_reading_thread_is_raised_and_no_thread_or_file_stays(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, fills, threads = stream_module._fill, list[str](), threading.active_count()
+    real, fills, threads = reading._fill, list[str](), threading.active_count()
 
     def failing(files: Any, reader: Any, piece: Any, *others: Any) -> torch.Tensor:
         fills.append(piece.key)
@@ -302,7 +355,7 @@ def test_error_of_the_reading_thread_is_raised_and_no_thread_or_file_stays(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(files, reader, piece, *others)
 
-    monkeypatch.setattr(stream_module, "_fill", failing)
+    monkeypatch.setattr(reading, "_fill", failing)
     out = tmp_path / "out" / WEIGHTS_NAME
     with Merger(folders[0], folders[1:]) as merger, pytest.raises(OSError) as caught:
         streamed(merger, [0.3, 0.2, 0.1], out, entries=16)

@@ -10,11 +10,12 @@ is called.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from deme_diffusion.pipeline.run import Run
@@ -52,12 +53,16 @@ class Expert:
 @dataclass(frozen=True)
 class Merged:
     """One merged pipeline, which stock diffusers loads: its training seed, folder, a weight for each expert, and
-    where the weights come from (a search's winning proposal, or the recipe)."""
+    where the weights come from (a search's winning proposal, or the recipe).
+
+    `rules`: pattern of parameter names -> other weights, where parts of the model have their own.
+    """
 
     seed: int
     folder: Path
     weights: tuple[float, ...]
     source: str
+    rules: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ def merge(recipe: Reference, *overrides: str, out: Reference | None = None) -> l
         artefact = whole.store.find(node.key)
         assert artefact is not None, "it was made just now"
         found = artefact.results
-        results.append(Merged(seed, artefact.folder, tuple(found["weights"]), str(found.get("source", "the recipe"))))
+        rules = {pattern: tuple(values) for pattern, values in found.get("rules", {}).items()}
+        source = str(found.get("source", "the recipe"))
+        results.append(Merged(seed, artefact.folder, tuple(found["weights"]), source, rules))
     return results
 
 
@@ -132,23 +139,26 @@ def merge_checkpoints(
     keep: Mapping[str, Literal["base"] | int] | None = None,
     method: str = "task_arithmetic",
     component: str | None = None,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | torch.dtype | None = None,
     max_shard_size: str | None = None,
     fisher: Sequence[Reference] = (),
     full_hash: bool = False,
-    **options: float | int | str,
+    link: bool = False,
+    options: Mapping[str, float | int | str] | None = None,
+    **more: float | int | str,
 ) -> MergedCheckpoint:
     """Merge any checkpoints of one architecture without a recipe, streamed: `deme merge --base`.
 
     Base and experts are diffusers pipelines or component folders, or safetensors files; `out` becomes what the base is.
     `weights_for` and `keep` are by glob pattern of parameter names, and the last match wins; `options` are the
-    method's, as density=0.2. `fisher` is a file an expert, of method fisher. `full_hash` reads parents whose digest is
-    not known. What is None is as the method, or the base, has it.
+    method's, as {"density": 0.2}, or say density=0.2. `fisher` is a file an expert, of method fisher. `full_hash` reads
+    parents whose digest is not known. `link` shares the disk space of a pipeline's unchanged parts with the base, by
+    hard links: never edit them in place. What is None is as the method, or the base, has it.
 
     Returns: where the merged model lies, and what happened, as merge.json tells it.
     Raises: UserError, also where `out` exists already; MachineError. Nothing is left under `out` then.
     """
-    from deme_diffusion.merging.request import requested
+    from deme_diffusion.merging.request import joined, requested
 
     request = requested(
         base,
@@ -158,12 +168,13 @@ def merge_checkpoints(
         weights_for=weights_for,
         keep=keep,
         method_name=method,
-        options=options,
+        options=joined(options, more),
         component=component,
         dtype=dtype,
         max_shard_size=max_shard_size,
         fisher=fisher,
         full_hash=full_hash,
+        link=link,
     )
     from deme_diffusion.merging.perform import performed  # torch: only once the request makes sense
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from deme_diffusion.artefacts import MANIFEST
 from deme_diffusion.errors import MachineError
 from deme_diffusion.files import canonical_digest, file_digest, write_json
 
-How = Literal["manifest", "cache", "hashed", "none"]
-_ORDER: tuple[How, ...] = ("manifest", "cache", "hashed", "none")
+How = Literal["manifest", "hub", "cache", "hashed", "none"]
+_ORDER: tuple[How, ...] = ("manifest", "hub", "cache", "hashed", "none")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def known(files: Sequence[Path], *, full_hash: bool = False) -> Known:
 def _of_file(file: Path, full_hash: bool) -> tuple[str | None, How]:
     if digest := _by_manifest(file):
         return digest, "manifest"
+    if (blob := file.resolve()).parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name, "hub"  # whose cache names a big file by its sha256, and a small one by another digest
     key = ["file", str(file.absolute()), *size_and_time(file)]
     if digest := recall(key):
         return digest, "cache"
@@ -68,6 +72,24 @@ def _by_manifest(file: Path) -> str | None:
             entry = json.loads((folder / MANIFEST).read_bytes())["files"][file.relative_to(folder).as_posix()]
             if size_and_time(file) == (entry["size"], entry["mtime_ns"]):
                 return str(entry["sha256"])
+    return None
+
+
+def hub_snapshot(path: Path) -> dict[str, str]:
+    """`repo` and `commit` of what lies in a snapshot of the hub's cache; empty elsewhere."""
+    folders = path.absolute().parts
+    for holder, above, commit in zip(folders, folders[1:], folders[2:], strict=False):
+        if holder.startswith("models--") and above == "snapshots":
+            return {"repo": holder.removeprefix("models--").replace("--", "/"), "commit": commit}
+    return {}
+
+
+def artefact_of(path: Path) -> str | None:
+    """The digest of the key of the artefact that a file or folder lies in; None where it lies in none."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((folder / MANIFEST).read_bytes())["digest"])
     return None
 
 

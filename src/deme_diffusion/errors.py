@@ -16,6 +16,10 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM came and a checkpoint was written; exit status 130."""
 
 
+class Stopped(Interrupted):
+    """The same, of what begins anew when it is run again."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A suffix `; did you mean 'x'?` with the valid name nearest to `name`, or '' where none is near."""
     found = get_close_matches(name, list(valid), n=1)

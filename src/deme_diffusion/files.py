@@ -19,7 +19,7 @@ from deme_diffusion.errors import MachineError, UserError
 Record = dict[str, Any]
 TEMPORARY = ".deme-tmp"
 _HIDDEN = re.compile(rf"\.(.+){re.escape(TEMPORARY)}")
-_EXPLAINED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_EXPLAINED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EBUSY}
 
 
 def canonical_digest(value: object) -> str:
@@ -60,12 +60,12 @@ def explained(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _EXPLAINED:
+        if error.errno not in _EXPLAINED and TEMPORARY not in str(error.filename):
             raise
         # Another file may be at fault, such as one that the block reads while it writes `path`.
         other = str(error.filename or path)
         where = "" if other == str(path) or TEMPORARY in other else f" ({other})"
-        raise MachineError(f"cannot {verb} {_final(path)}: {os.strerror(error.errno)}{where}") from error
+        raise MachineError(f"cannot {verb} {_final(path)}: {error.strerror}{where}") from error
 
 
 def _final(path: Path) -> Path:
@@ -202,9 +202,13 @@ def building(out: Path, *, chosen: str | None = None) -> Iterator[Path]:
                 if chosen is None:
                     _become(hidden, out)  # from here on the hidden name may be another process's
                     return
-                _become(hidden / chosen, out)
-                for other in hidden.iterdir():
-                    other.replace(out.with_name(f"{out.stem}.{other.name}"))
+                siblings = [made for made in hidden.iterdir() if made.name != chosen]
+                with contextlib.ExitStack() as undo:  # the siblings first: where the model stands, all of it does
+                    for made in siblings:
+                        _become(made, at := out.with_name(f"{out.stem}.{made.name}"))
+                        undo.callback(at.unlink, missing_ok=True)
+                    _become(hidden / chosen, out)
+                    undo.pop_all()
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise

@@ -43,6 +43,14 @@ def per_sample(seed: int, purpose: str, step: int, first: int, count: int) -> It
         yield moving
 
 
+def words(seed: int, *purpose: Draw, first: int, count: int) -> npt.NDArray[np.int32]:
+    """Random 32-bit words first, ..., first + count - 1 of one purpose: each a function of its own place, for masks."""
+    block, skip = divmod(first, 8)  # Philox gives blocks of four 64-bit words
+    philox = np.random.Philox(key=int.from_bytes(_digest(seed, purpose), "little"), counter=block)
+    raw = philox.random_raw((skip + count + 1) // 2).astype("<u8", copy=False)
+    return raw.view("<i4").astype(np.int32, copy=False)[skip : skip + count]
+
+
 def uniforms(seed: int, purpose: str, step: int, first: int, count: int, each: int = 1) -> npt.NDArray[np.float64]:
     """(count, each) numbers in [0, 1), a row for each global sample index from `first` on."""
     return np.stack([own.random(each) for own in per_sample(seed, purpose, step, first, count)])

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from deme_diffusion.errors import UserError
 
 WEIGHTS_NAME, TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
+PROJECTIONS, PROJECTION_KEY = "projection.safetensors", "projection."
+"""The file of projections beside a component's weights; what stands before a place where its D is a parameter."""
+FISHER_METADATA = "deme_fisher"
+"""Key of a safetensors file's metadata: what a file of Fisher information is about."""
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")
+"""In the name of a shard: which one it is of how many."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VARIANT = re.compile(r"diffusion_pytorch_model\.(?!safetensors)[\w-]+\.safetensors")
 _VARIANT_INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors\.index\.[\w-]+|[\w-]+\.safetensors\.index)\.json")
 
@@ -69,9 +79,32 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
+def checked_parts(index: Path, names: Iterable[str]) -> list[str]:
+    """The names of a pipeline's parts, as its index has them, which become folders in what is written.
+
+    Raises UserError for one that could lead out of there: an index is a stranger's text.
+    """
+    checked = list(names)
+    for name in checked:
+        if not _PART.fullmatch(name):
+            raise UserError(f"{index}: {name!r} is no name of a part (letters, digits, _ . - and no dot first)")
+    return checked
+
+
 def pickled(file: Path) -> UserError:
     """What is said of a checkpoint that is a pickle."""
     return UserError(
-        f"{file}: a pickled checkpoint, which is never loaded; `deme convert {file} --like BASE --out DIR` "
-        "makes safetensors of it"
+        f"{file}: a pickled checkpoint, which is never loaded; `deme convert {shlex.quote(str(file))} --like BASE "
+        "--out DIR` makes safetensors of it"
     )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A mapping in a JSON file. Raises UserError for anything else."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: no readable JSON mapping")
+    return values

@@ -80,7 +80,13 @@ class Weights:
         found = [entry for file in self.files for entry in _entries(file)]
         self._check_index(found)
         modern = _modern_names({entry.stored for entry in found})
-        self._entries = {modern[entry.stored]: entry for entry in found}
+        self._entries: dict[str, Entry] = {}
+        for entry in found:
+            if (first := self._entries.setdefault(modern[entry.stored], entry)) is not entry:
+                raise UserError(
+                    f"{entry.file}: {entry.stored} and {first.stored} ({first.file.name}) are one tensor, "
+                    f"{modern[entry.stored]}; keep one of the two"
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +156,7 @@ def modern_name(key: str) -> str:
 
 
 def _modern_names(stored: Collection[str]) -> dict[str, str]:
-    """Stored -> modern name; only where all four old names stand: other models' `query` is no diffusers attention."""
+    """Stored -> modern name; only beside an old `proj_attn.weight`: other models' `query` is no diffusers attention."""
     old = {key[: -len(".proj_attn.weight")] for key in stored if key.endswith(".proj_attn.weight")}
     return {key: modern_name(key) if key.rsplit(".", 2)[0] in old else key for key in stored}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.errors import Interrupted, MachineError, Stopped, UserError
 from deme_diffusion.processes import is_main
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer has it from
@@ -67,11 +67,12 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `deme`: the message is the help
             print(error.format_message(), file=sys.stderr)
             sys.exit(2)
-        _fail(f"{error.format_message()} (deme --help tells more)", 2)
+        _fail(f"{error.format_message()} ({_asked(error)} --help tells more)", 2)
     except UserError as error:
         _fail(str(error), 2)
     except (Interrupted, KeyboardInterrupt) as error:
-        _fail(f"interrupted: {str(error) or 'nothing is lost'}; run the same command again to go on", 130)
+        again = "" if isinstance(error, Stopped) else "; run the same command again to go on"
+        _fail(f"interrupted: {str(error) or 'nothing is lost'}{again}", 130)
     except MachineError as error:
         _fail(str(error), 1)
     except OSError as error:
@@ -80,6 +81,14 @@ def main() -> None:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
             raise
         _fail("out of memory: lower decouple.train_batch_size or runtime.sample_batch_size, and run again to go on", 1)
+
+
+def _asked(error: Any) -> str:
+    """The sub-command that a usage error is about, as `deme merge`."""
+    context, words = getattr(error, "ctx", None), list[str]()
+    while context is not None and context.parent is not None:
+        words, context = [str(context.info_name), *words], context.parent
+    return " ".join(["deme", *words])
 
 
 def _terminated(number: int, frame: Any) -> None:

@@ -12,8 +12,20 @@ from deme_diffusion.cli.command import app
 from deme_diffusion.cli.options import AsJson
 from deme_diffusion.errors import UserError
 
+_HELP = """Turn pickled weights, the public code's included, into safetensors; code in them is never run.
 
-@app.command()
+A state dict becomes a component's folder, which `deme merge` takes as --expert; a pipeline's folder a whole pipeline:
+
+\b
+  deme convert expert.pt --like PIPELINE --out expert
+  deme convert old_pipeline --out pipeline
+
+Channel-wise projections of the public code (adapter_list.i.weight in a state dict) go into projection.safetensors
+beside the weights, which stock diffusers does not read and a merge does; --to-public writes them back.
+"""
+
+
+@app.command(help=_HELP)
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="A state dict (.bin, .pt, .pth, .ckpt, .safetensors), a component or a pipeline.")

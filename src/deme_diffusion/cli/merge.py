@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +14,14 @@ from deme_diffusion.cli import show_merge
 from deme_diffusion.cli.command import app
 from deme_diffusion.cli.options import AsJson, Jobs
 from deme_diffusion.cli.stages import merges, no_merge, one_stage
-from deme_diffusion.errors import UserError
+from deme_diffusion.config import MethodOptions
+from deme_diffusion.errors import Stopped, UserError
+from deme_diffusion.merging.request import DTYPES, parse_options, requested
 from deme_diffusion.merging.selection import parse_keep, parse_rules, parse_weights
 from deme_diffusion.merging.table import METHODS
 
 if TYPE_CHECKING:
     from deme_diffusion.merging.request import Request
-
-
-class _Dtype(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 _METHODS = "\n".join(f"  {row.name:<16} {row.what}" for row in METHODS.values())
@@ -33,7 +30,7 @@ _HELP = f"""Merge the experts of a recipe, or any checkpoints of one architectur
 With a recipe; what is not trained or searched yet is made first:
 
 \b
-  deme merge digits merge.method=ties
+  deme merge digits merge.method=ties merge.search=none
 
 Without one: pipelines or component folders of diffusers, or safetensors files.
 
@@ -46,9 +43,11 @@ Methods (--methods tells their options and sources), tau_i = theta_i - theta:
 \b
 {_METHODS}
 """
+_ARGUMENT = re.compile(r"(weights|weights_for|keep|dtype|max_shard_size)(?=[: ])")
 _PATHS = "A diffusers pipeline or component folder, or a .safetensors file"
 _FOR = "Other weights for the parameters that match a glob, as 'down_blocks.*=0.2,0.1'. Repeatable; the last wins."
 _KEEP = "Parameters taken unmerged from one model, as 'conv_out.*=base', or =0 for the first expert. Repeatable."
+_LINK = "Share the disk space of the unchanged parts with the base, by hard links: never edit them in place."
 # What a recipe's merge calls the same thing.
 _IN_A_RECIPE = {
     "--expert": "a recipe trains its own",
@@ -61,6 +60,7 @@ _IN_A_RECIPE = {
     "--max-shard-size": "merge.max_shard_size=... says it",
     "--fisher": "merge.method=fisher makes what it needs",
     "--full-hash": "a recipe's parents have their digests",
+    "--link": "the store keeps copies",
 }
 
 
@@ -93,7 +93,9 @@ def merge(
     component: Annotated[
         str | None, typer.Option(help="The part of the pipelines that is merged.  [unet or transformer]")
     ] = None,
-    dtype: Annotated[_Dtype | None, typer.Option(help="Of the merged weights.  [the base's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="|".join(DTYPES), help="Of the merged weights.  [the base's]")
+    ] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="As 5GB.  [sharded like the base]")] = None,
     fisher: Annotated[
         list[Path] | None, typer.Option(help="Of method fisher: a file an expert, in their order. Repeatable.")
@@ -101,9 +103,10 @@ def merge(
     full_hash: Annotated[
         bool, typer.Option("--full-hash", help="Read the parents once more for their sha256, and remember it.")
     ] = False,
+    link: Annotated[bool, typer.Option("--link", help=_LINK)] = False,
     jobs: Jobs = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run; with --base, open and check everything. Then stop.")
+        bool, typer.Option("--dry-run", help="Say what would run; with --base, check all but the values. Then stop.")
     ] = False,
     as_json: AsJson = False,
     methods: Annotated[
@@ -123,30 +126,42 @@ def merge(
         "--max-shard-size": max_shard_size,
         "--fisher": fisher,
         "--full-hash": full_hash,
+        "--link": link,
     }
     if base is None:
         _check_recipe(words, mine)
         one_stage("merge", merges, words[0], words[1:], out, jobs, dry_run, as_json, idle=no_merge)
         return
     out = _check_checkpoints(words, expert or [], out, jobs)
-    from deme_diffusion.merging.request import parse_options, requested
+    with _options_named():
+        request = requested(
+            base,
+            expert or [],
+            out,
+            weights=None if weights is None else parse_weights(weights),
+            weights_for=parse_rules(weights_for or []),
+            keep=parse_keep(keep or []),
+            method_name=method or "task_arithmetic",
+            options=parse_options(words),
+            component=component,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            fisher=fisher or [],
+            full_hash=full_hash,
+            link=link,
+        )
+        _checkpoints(request, dry_run, as_json)
 
-    request = requested(
-        base,
-        expert or [],
-        out,
-        weights=None if weights is None else parse_weights(weights),
-        weights_for=parse_rules(weights_for or []),
-        keep=parse_keep(keep or []),
-        method_name=method or "task_arithmetic",
-        options=parse_options(words),
-        component=component,
-        dtype=None if dtype is None else dtype.value,
-        max_shard_size=max_shard_size,
-        fisher=fisher or [],
-        full_hash=full_hash,
-    )
-    _checkpoints(request, dry_run, as_json)
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """What Python calls an argument in a UserError is said as it is on the command line."""
+    try:
+        yield
+    except UserError as error:
+        found, text = _ARGUMENT.match(str(error)), str(error)
+        option = f"--{found[0].replace('_', '-')}" if found else ""
+        raise UserError(option + text[found.end() :] if found and option not in text else text) from None
 
 
 def _check_recipe(words: Sequence[str], given: Mapping[str, object]) -> None:
@@ -163,6 +178,8 @@ def _check_recipe(words: Sequence[str], given: Mapping[str, object]) -> None:
 def _check_checkpoints(words: Sequence[str], experts: Sequence[Path], out: Path | None, jobs: int | None) -> Path:
     """With --base: no recipe, some experts, and an --out, which is returned."""
     recipe = next((word for word in words if "=" not in word), None)
+    if recipe in MethodOptions.model_fields:
+        raise UserError(f"{recipe}: an option of the method without its value; say {recipe}=..., without spaces")
     if recipe is not None:
         raise UserError(
             f"{recipe}: a recipe and --base do not go together; leave out one of them (an option of the method is "
@@ -181,7 +198,11 @@ def _checkpoints(request: Request, dry_run: bool, as_json: bool) -> None:
     """Merge them, or say what would be done."""
     from deme_diffusion.merging import perform
 
+    try:
+        told = perform.planned(request) if dry_run else perform.performed(request)
+    except KeyboardInterrupt:
+        raise Stopped("nothing was written") from None
     if dry_run:
-        show_merge.plan(perform.planned(request), as_json)
-        return
-    show_merge.done(perform.performed(request), request.out, as_json)
+        show_merge.plan(told, as_json)
+    else:
+        show_merge.done(told, request.out, as_json)

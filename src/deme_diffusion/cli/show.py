@@ -44,13 +44,21 @@ def plan(run: Run, targets: Sequence[Node] | None, in_json: bool) -> None:
 
 
 def made(run: Run, targets: Sequence[Node], in_json: bool) -> None:
-    """The folders of some stages."""
-    entries = [{"label": n.label, "stage": n.stage, "folder": str(run.store.folder(n.key))} for n in targets]
+    """The folders of some stages; of searches and merges, the weights and whose they are."""
+    if not is_main():
+        return
+    from deme_diffusion.pipeline import found
+
+    told = [found.of_stage(run.store, node) for node in targets]
+    entries = [
+        {"label": n.label, "stage": n.stage, "folder": str(run.store.folder(n.key)), **more}
+        for n, more in zip(targets, told, strict=True)
+    ]
     if in_json:
         as_json(entries)
         return
-    for entry in entries:
-        say(f"{entry['label']:<32} {entry['folder']}")
+    for entry, more in zip(entries, told, strict=True):
+        say(f"{entry['label']:<32} {entry['folder']}", *([f"  {found.line_of(more)}"] if more else []))
 
 
 def table(run: Run, in_json: bool) -> None:
@@ -67,7 +75,7 @@ def table(run: Run, in_json: bool) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
     console.print(rich_table(rows, width=console.width))
-    say(*run.weights_found(), said.sentence)
+    say(*run.weights_found(rows), said.sentence)
     for path in (run.merged, run.folder / "report.html"):
         if path.exists():
             say(path)

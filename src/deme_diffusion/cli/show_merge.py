@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from deme_diffusion.cli.show import as_json, say
+from deme_diffusion.config import MethodOptions
 from deme_diffusion.merging.table import METHODS
 from deme_diffusion.processes import is_main
 
@@ -24,8 +25,11 @@ def methods() -> None:
     for row in METHODS.values():
         options = ", ".join(f"{name}={_or_null(value)}" for name, value in row.defaults.items()) or "none"
         weights = "none" if not row.weighted else "1 each" if row.ones else "1/N each"
+        weights += ", of which only the ratios count" if row.relative else ""
         needs = f"; {row.experts} experts" if row.experts else "; --fisher a file an expert" if row.fisher else ""
-        say(row.name, f"  {row.what}", f"  options: {options}; weights: {weights}{needs}", f"  {row.source}")
+        told = f"  options: {options}; weights: {weights}{needs}"
+        explained = [f"    {name}: {MethodOptions.model_fields[name].description}" for name in row.options]
+        say(row.name, f"  {row.what}", told, *explained, f"  {row.source}")
 
 
 def plan(told: Told, in_json: bool) -> None:
@@ -40,7 +44,8 @@ def plan(told: Told, in_json: bool) -> None:
         say(f"to write: {name} ({_size(size)})")
     if told["estimate"]:
         say(told_estimate(told["estimate"]))
-    say(f"out: {told['out']}, {_size(told['bytes'])} of weights; everything was checked, nothing is written")
+    checked = "names, shapes, configs and space were checked; values are checked while merging; nothing is written"
+    say(f"out: {told['out']}, {_size(told['bytes'])} of weights; {checked}")
 
 
 def done(told: Told, out: Path, in_json: bool) -> None:
@@ -67,11 +72,11 @@ def table(told: Told) -> Table:
     rows = [*seen["groups"].items(), ("model", seen["model"])]
     several = len(told["experts"]) > 1
     differ = any(key in told["weights"] for key in ("rules", "keep"))
-    heads = ["parameters", "|tau|/|theta|, %"]
+    heads = ["parameters", "|tau|/|theta|, %" + (" (one an expert)" if several else "")]
     heads += ["cosine mean", "least", "overlap mean", "least"] if several else []
     heads += ["weights"] if differ else []
     grid = Table(box=SIMPLE_HEAD, show_edge=False, caption_justify="left")
-    grid.caption = Text(_caption(seen["model"]["share_seen"], several))
+    grid.caption = Text(_caption(seen["model"]["share_seen"], several, "projection" in seen["groups"]))
     grid.add_column("")
     for head in heads:
         grid.add_column(head, justify="right")
@@ -83,11 +88,11 @@ def table(told: Told) -> Table:
     return grid
 
 
-def _caption(share: float, several: bool) -> str:
+def _caption(share: float, several: bool, projected: bool) -> str:
     pairs = "; cosine and overlap of magnitudes between two task vectors, over their pairs" if several else ""
-    return f"tau_i = expert i - base, theta = base{pairs}" + (
-        "" if share == 1 else f"; from {share:.0%} of the entries"
-    )
+    rest = "" if share == 1 else f"; from {share:.0%} of the entries"
+    rest += "; projection: the channel-wise projections, whose theta is 0" if projected else ""
+    return f"tau_i = expert i - base, theta = base{pairs}{rest}"
 
 
 def _mean_and_least(matrix: Sequence[Sequence[float | None]]) -> list[str]:

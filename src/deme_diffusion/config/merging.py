@@ -28,16 +28,22 @@ MethodName = Literal[
 class MethodOptions(Settings):
     """What some methods take (`merging/table.py` says which); null is the method's own default."""
 
-    density: float | None = Field(None, gt=0.0, le=1.0, description="share of a task vector's entries that stay")
+    density: float | None = Field(
+        None, gt=0.0, le=1.0, description="share of a task vector's entries that stay, above 0 to 1"
+    )
     outliers: float | None = Field(
-        None, ge=0.0, lt=1.0, description="Breadcrumbs: share of the largest entries removed"
+        None, ge=0.0, lt=1.0, description="share of the largest entries removed (Breadcrumbs), 0 to below 1"
     )
-    epsilon: float | None = Field(None, ge=0.0, lt=1.0, description="DELLA: spread of the drop probabilities by rank")
+    epsilon: float | None = Field(
+        None, ge=0.0, lt=1.0, description="spread of the drop probabilities by rank (DELLA), 0 to below 1"
+    )
     trim: Literal["tensor", "global"] | None = Field(
-        None, description="TIES trims each tensor; global, as the original, the whole task vector at once"
+        None, description="scope of TIES' trimming: tensor, each by itself, or global, the whole task vector at once"
     )
-    rank: float | None = Field(None, gt=0.0, le=1.0, description="TSV: share of singular vectors kept; null is 1/N")
-    seed: int | None = Field(None, description="DARE and DELLA: what the random masks are keyed by; null is 0")
+    rank: float | None = Field(
+        None, gt=0.0, le=1.0, description="share of singular vectors kept (TSV), above 0 to 1; null is 1/N"
+    )
+    seed: int | None = Field(None, description="whole number that the random masks of DARE and DELLA are keyed by")
 
 
 class MergeSettings(Settings):
@@ -64,9 +70,13 @@ class MergeSettings(Settings):
         "answer is the best by FD among the finalists, w = 0, uniform and one-hot weights",
     )
     ridge: float = Field(1e-3, ge=0.0, description="pull of least squares towards 0, relative to A's mean diagonal")
-    scales: tuple[float, ...] = Field((0.5, 1.0, 1.5), description="multiples of the least-squares weights to score")
+    scales: tuple[float, ...] = Field(
+        (0.5, 1.0, 1.5), min_length=1, description="multiples of the least-squares weights to score"
+    )
     gauss_newton_rounds: int = Field(0, ge=0, le=2, description="least squares again, linearised where it led")
-    grid_values: tuple[float, ...] = Field((0.0, 0.25, 0.5), description="values a weight takes in the grid")
+    grid_values: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5), min_length=1, description="values a weight takes in the grid, as far as bounds allow them"
+    )
     granularity: Literal["model", "block", "layer"] = Field(
         "model", description="gradient: what has weights of its own"
     )
@@ -78,12 +88,19 @@ class MergeSettings(Settings):
         256, description="gradient: points of the fixed-noise loss that a step takes, over all ranges"
     )
     start: Literal["least_squares", "uniform", "zero"] = Field(
-        "least_squares", description="where gradient and cma_es begin"
+        "least_squares",
+        description="where gradient, cma_es and tpe begin; least_squares of a method other than task_arithmetic: at "
+        "its own weights",
     )
     sigma: float = Field(0.2, gt=0.0, description="cma_es: first standard deviation of a weight")
-    bounds: tuple[float, float] | None = Field(None, description="of every weight; null: unbounded")
+    bounds: tuple[float, float] | None = Field(
+        None,
+        description="of every weight that the search proposes; null: unbounded (w = 0 and one-hots are tried anyway)",
+    )
     max_evaluations: Positive = Field(
-        128, description="budget of a search; one that is known to need more (grid, least_squares) is refused"
+        128,
+        description="budget of a search, with the N + 1 of a least-squares start and all that FD judges; one that is "
+        "known to need more is refused",
     )
     finalists: Positive = Field(3, description="best by an objective other than fd that FD then judges")
     num_images: Positive = Field(1000, description="images a candidate is scored on, with common seeds")

@@ -12,9 +12,10 @@ from deme_diffusion.doctor.finding import Finding
 from deme_diffusion.errors import UserError
 from deme_diffusion.pipeline import preflight
 from deme_diffusion.pipeline.images import check_enough, check_fit
-from deme_diffusion.pipeline.inputs import NO_SIZE, component_of, read_json
+from deme_diffusion.pipeline.inputs import NO_SIZE, component_of
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.weight_files import read_json
 
 MOST_LISTED = 50
 FEW = 1000

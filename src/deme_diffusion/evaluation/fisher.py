@@ -25,12 +25,11 @@ from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Condition, Denoiser, Noised
 from deme_diffusion.rng import image_at, normals, uniforms
+from deme_diffusion.weight_files import FISHER_METADATA, PROJECTION_KEY
 from deme_diffusion.weights import State, load_state, save_state
 
 log = logging.getLogger(__name__)
-FILE, METADATA_KEY = "fisher.safetensors", "deme_fisher"
-PROJECTION = "projection."
-"""Before a place's name: the key of F of its D, which a merge takes as a parameter of its own."""
+FILE = "fisher.safetensors"
 MOST_BYTES, MOST_SAMPLES = 5e8, 32
 """Per-sample gradients that are held at once."""
 SAVE_SECONDS = 60.0
@@ -63,7 +62,7 @@ def write_fisher(
             last = time.monotonic()
     about = {"subset": subset, "samples": samples, "seed": seed, "expert": expert}
     mean = {key: (total / samples).float() for key, total in sums.items()}
-    save_state(folder / FILE, mean, {METADATA_KEY: json.dumps(about, sort_keys=True)})
+    save_state(folder / FILE, mean, {FISHER_METADATA: json.dumps(about, sort_keys=True)})
 
 
 def sums_of(
@@ -141,7 +140,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _names(module: nn.Module) -> dict[str, str]:
     """Name in the module -> key in the file, of all that was trained."""
-    matrices = {projection.buffer_of(place): f"{PROJECTION}{place}" for place in projection.attached(module)}
+    matrices = {projection.buffer_of(place): f"{PROJECTION_KEY}{place}" for place in projection.attached(module)}
     return {name: name for name, _ in module.named_parameters()} | matrices
 
 

@@ -98,6 +98,7 @@ class FixedNoiseObjective:
     To first order eps_{theta + sum w_i tau_i} = eps_theta + sum_i w_i a_i, with a_i = eps_theta_i - eps_theta. Ranges
     weigh by the timesteps they hold; `relative`: alike, each by its loss over the base's. A gradient's step takes
     `step_points` points, as many of each range, others every step, and at most `backward_batch` of them at once.
+    `base` is the model at w = 0. Where the recipe fixes parameters that is not the base itself, which is `reference`.
     """
 
     noise: FixedNoise
@@ -108,6 +109,7 @@ class FixedNoiseObjective:
     derivative: Derivative | None = None
     step_points: int | None = None
     backward_batch: int | None = None
+    reference: nn.Module | None = None
 
     def __post_init__(self) -> None:
         refuse_report(self.noise.split)
@@ -228,7 +230,7 @@ class FixedNoiseObjective:
 
     @cached_property
     def _base_losses(self) -> list[float]:
-        return self.noise.losses(self.base)
+        return self.noise.losses(self.reference or self.base)
 
     @cached_property
     def _range_weights(self) -> list[float]:

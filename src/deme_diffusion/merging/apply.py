@@ -9,9 +9,9 @@ Sums are in float32, or in float64 where the tensors are. A pointwise method may
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,29 +19,24 @@ from torch import nn
 
 from deme_diffusion.config import MethodOptions
 from deme_diffusion.errors import UserError
-from deme_diffusion.merging.information import PROJECTION, check_count, check_information
-from deme_diffusion.merging.methods import Parameter, function
+from deme_diffusion.merging.methods import Parameter, Thresholds, function, thresholds_of
+from deme_diffusion.merging.opening import Parents, folder_of, short
 from deme_diffusion.merging.selection import Kept, MergeWeights
 from deme_diffusion.merging.table import method as row_of
-from deme_diffusion.merging.thresholds import global_thresholds
-from deme_diffusion.merging.vectors import Weight, slices, wide
+from deme_diffusion.merging.thresholds import global_thresholds, magnitudes, task_vectors
+from deme_diffusion.merging.vectors import Weight, computable, finite, wide
 from deme_diffusion.models import projection
-from deme_diffusion.models.placement import is_block, operations
 from deme_diffusion.models.projection import fold_tensor
-from deme_diffusion.weights import State, Weights, check_same_keys
+from deme_diffusion.weight_files import PROJECTION_KEY
+from deme_diffusion.weights import State
 
 NO_OPTIONS = MethodOptions()
 Given = MergeWeights | Sequence[float]
 Tensors = Sequence[torch.Tensor]
 
 
-class Merger:
-    """A base and N experts, opened and checked before a byte is merged; a `with` closes the files.
-
-    `base` and `experts` are component folders or safetensors files (`checkpoints.locate` finds them), `fisher` the
-    files of the Fisher method, one an expert. `notes` are to be told to the user; that an expert equals the base is
-    known once the merged model is written.
-    """
+class Merger(Parents):
+    """A base and N experts, opened and checked, and how they are merged; the arguments are those of `Parents`."""
 
     def __init__(
         self,
@@ -51,67 +46,17 @@ class Merger:
         options: MethodOptions = NO_OPTIONS,
         fisher: Sequence[Path] = (),
     ) -> None:
-        self.row = row_of(method)
-        self.options, self._merge = self.row.resolved(options), function(method)
-        if not experts:
-            raise UserError("no experts: a merge takes a base and at least one expert")
-        self.row.check(len(experts))
-        self._stack, self.notes = ExitStack(), list[str]()
-        try:
-            self._open(base, experts, fisher)
-        except BaseException:
-            self._stack.close()
-            raise
+        row = row_of(method)
+        self.options, self._merge = row.resolved(options), function(method)
+        super().__init__(base, experts, row, fisher)
 
     def __enter__(self) -> Merger:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _open(self, base: Path, experts: Sequence[Path], fisher: Sequence[Path]) -> None:
-        self.base = self._stack.enter_context(Weights(base))
-        self.experts = [self._stack.enter_context(Weights(path)) for path in experts]
-        for expert in self.experts:
-            check_same_keys(self.base, expert)
-            self._note_dtypes(expert)
-        projection.refuse_beside(_folder(base))
-        self.matrices = [projection.load(_folder(path)) for path in experts]
-        self._place(experts)
-        check_count(self.row, len(fisher), len(experts))
-        self.fisher = [self._stack.enter_context(Weights(path)) for path in fisher]
-        names = {f"{PROJECTION}{place}" for own in self.matrices for place in own}
-        self.notes += [note for own in self.fisher for note in check_information(own, self.base, names)]
-
-    def _note_dtypes(self, expert: Weights) -> None:
-        differ = [key for key in self.keys() if self.base.dtype(key) != expert.dtype(key)]
-        if differ:
-            key = differ[0]
-            self.notes.append(
-                f"{expert.path}: {len(differ)} of {len(self.keys())} tensors have another dtype than the base's "
-                f"({key}: {_short(expert.dtype(key))}, the base's {_short(self.base.dtype(key))}); merged in float32"
-            )
-
-    def _place(self, experts: Sequence[Path]) -> None:
-        """Which places act on each operation, an operation's own before its block's, and which fold into none."""
-        shapes = {key: self.base.shape(key) for key in self.keys()}
-        for path, matrices in zip(experts, self.matrices, strict=True):
-            projection.check_fits(matrices, shapes, _folder(path) / projection.FILE, str(self.base.path))
-        places = {place for matrices in self.matrices for place in matrices}
-        self._onto: dict[str, list[str]] = {}
-        self._unfolded: list[str] = []
-        for place in sorted(places, key=lambda place: (is_block(place), place)):
-            onto = operations(place, shapes)
-            for operation in onto:
-                self._onto.setdefault(operation, []).append(place)
-            if not onto:
-                self._unfolded.append(place)
+        self.close()
 
     # -- weights -----------------------------------------------------------------------------------
-
-    def keys(self) -> list[str]:
-        """Names of the parameters and buffers."""
-        return self.base.keys()
 
     def check(self, weights: Given) -> MergeWeights:
         """The weights, one an expert. Raises UserError otherwise, or for a pattern that matches nothing."""
@@ -120,18 +65,33 @@ class Merger:
     def source(self, key: str, weights: MergeWeights) -> tuple[Kept | None, Sequence[float]]:
         """Whose tensor a parameter is as it stands, or None and the weights by which it is merged."""
         kept, values = weights.kept(key), weights.at(key)
-        if not self._floating(key):
-            return "base", values  # a buffer of indices or counts, which no task vector can move
-        return ("base" if kept is None and not any(values) else kept), values
+        if kept is None and (not self._floating(key) or not any(values)):
+            return "base", values  # or a buffer of indices or counts, which no task vector can move
+        return kept, values
 
     def sliced(self, key: str) -> bool:
         """Whether the parameter may be merged in slices: nothing mixes its entries."""
-        return self.row.pointwise and not self._onto.get(key.rpartition(".")[0])
+        return self.row.pointwise and not self.folding(key)
 
     # -- tensors -----------------------------------------------------------------------------------
 
+    def looks(self, key: str, weights: MergeWeights) -> bool:
+        """Whether the slices of a parameter need thresholds from all of it."""
+        return self.row.thresholds and self._thresholds is None and self.source(key, weights)[0] is None
+
+    def thresholds(self, key: str, i: int) -> Thresholds:
+        """Of one whole task vector, which is read for it: what `part` needs where the parameter `looks`."""
+        size = magnitudes(computable(self.base.tensor(key)), computable(self.experts[i].tensor(key)))
+        return thresholds_of(self.row.name)(size, self.options)
+
     def part(
-        self, key: str, weights: MergeWeights, base: torch.Tensor, experts: Tensors, at: slice = slice(None)
+        self,
+        key: str,
+        weights: MergeWeights,
+        base: torch.Tensor,
+        experts: Tensors,
+        at: slice = slice(None),
+        thresholds: Sequence[Thresholds] | None = None,
     ) -> torch.Tensor:
         """One parameter merged, unfolded and in float32 or wider; or entries `at` of it, where it is `sliced`."""
         whose, values = self.source(key, weights)
@@ -139,29 +99,51 @@ class Merger:
             return base if whose == "base" else experts[whose]
         if self.row.spectral:  # a decomposition may end in an error of its own
             for reader, tensor in zip(self.experts, experts, strict=True):
+                if not finite(tensor) and self._mask(key):
+                    return base
                 if not finite(tensor):
                     raise UserError(f"{key}: the merged tensor would not be finite: NaN or infinity in {reader.path}")
         information = [reader.tensor(key).reshape(-1)[at].reshape(base.shape) for reader in self.fisher] or None
-        return self._call(key, base, experts, values, information).reshape(base.shape)
+        return self._call(key, base, experts, values, information, at.start or 0, thresholds).reshape(base.shape)
 
     def tensor(self, key: str, weights: Given, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One merged and folded parameter, in the base's dtype or `dtype`. Raises UserError when it is not finite."""
         weights = MergeWeights.of(weights)
         base, experts = self.base.tensor(key), [expert.tensor(key) for expert in self.experts]
         merged = self.part(key, weights, base, experts)
-        for place in self._onto.get(key.rpartition(".")[0], ()):
+        for place in self.folding(key):
             if (matrix := self.matrix(place, key, weights)) is not None:
                 merged = fold_tensor(wide(computable(merged)), matrix)
-        return self.finished(key, merged, dtype)
+        return self.finished(key, merged, dtype, base)
 
-    def finished(self, key: str, merged: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """In the dtype in which it is written. Raises UserError when it is not finite."""
+    def finished(self, key: str, merged: torch.Tensor, dtype: torch.dtype | None, base: torch.Tensor) -> torch.Tensor:
+        """In the dtype in which it is written; `base`: the base's entries. Raises UserError when it is not finite."""
         merged = merged.to(self.dtype_of(key, dtype))
-        self._check_finite(key, merged)  # the check last: half precision overflows here
+        if finite(merged):  # the check last: half precision overflows here
+            return merged
+        if self._mask(key) and torch.equal(computable(base.to(merged.dtype)).isinf(), computable(base).isinf()):
+            return base.to(merged.dtype)
+        self._check_finite(key, merged)
         return merged
 
+    def _mask(self, key: str) -> bool:
+        """Whether all models share a tensor with infinities, whose task vectors are no number though nothing is wrong.
+
+        Never of one onto which a projection folds.
+        """
+        base = self.base.tensor(key).double()
+        same = all(torch.equal(base, own.tensor(key).double()) for own in self.experts)
+        return same and not finite(base) and not self.folding(key)
+
     def _call(
-        self, name: str, base: torch.Tensor, experts: Tensors, values: Sequence[float], information: Tensors | None
+        self,
+        name: str,
+        base: torch.Tensor,
+        experts: Tensors,
+        values: Sequence[float],
+        information: Tensors | None,
+        first: int = 0,
+        thresholds: Sequence[Thresholds] | None = None,
     ) -> torch.Tensor:
         parameter = Parameter(
             name,
@@ -169,8 +151,9 @@ class Merger:
             [Weight(computable(expert)) for expert in experts],
             list(values),
             self.options,
-            self._thresholds,
+            thresholds or self._thresholds,
             information,
+            first,
         )
         return self._merge(parameter).value
 
@@ -190,39 +173,27 @@ class Merger:
             return torch.stack(acting).sum(0)  # Eq. 8 on a base of 0, in the order of sums that merged models have had
         zeros = torch.zeros_like(next(matrix for matrix in own if matrix is not None))
         experts = [zeros if matrix is None else matrix for matrix in own]
-        return self._call(f"{PROJECTION}{place}", zeros, experts, values, self._fisher_of(place, zeros))
+        return self._call(f"{PROJECTION_KEY}{place}", zeros, experts, values, self._fisher_of(place, zeros))
 
     def _fisher_of(self, place: str, like: torch.Tensor) -> Tensors | None:
         if not self.fisher:
             return None
-        name = f"{PROJECTION}{place}"
+        name = f"{PROJECTION_KEY}{place}"
         if all(name in reader.keys() for reader in self.fisher):  # noqa: SIM118 - Weights is no mapping
             return [reader.tensor(name) for reader in self.fisher]
         return [torch.ones_like(like) for _ in self.fisher]
 
     @cached_property
-    def _thresholds(self) -> list[float] | None:
+    def _thresholds(self) -> list[Thresholds] | None:
         """Of TIES with trim=global: the least |tau_i| that stays of each expert; two passes over all checkpoints."""
         if self.options.trim != "global":
             return None
         assert self.options.density is not None
-        return global_thresholds(self._vectors, len(self.experts), self.options.density)
-
-    def _vectors(self) -> Iterator[list[torch.Tensor]]:
-        """tau_i of every parameter, in slices, and of the projections."""
-        for key in filter(self._floating, self.keys()):
-            base, *experts = (reader.tensor(key).reshape(-1) for reader in (self.base, *self.experts))
-            for at in slices(base.numel()):
-                theta, *others = (wide(computable(part[at])) for part in (base, *experts))
-                yield [other - theta for other in others]
-        for _, _, experts in self.projections():
-            yield experts
-
-    def projections(self) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
-        """Name, base (0) and D_i of every place as a parameter of its own; 0 where an expert has none."""
-        for place in sorted({place for own in self.matrices for place in own}):
-            zeros = torch.zeros_like(next(own[place] for own in self.matrices if place in own))
-            yield f"{PROJECTION}{place}", zeros, [own.get(place, zeros) for own in self.matrices]
+        matrices = [own for _, _, own in self.projections()]
+        found = global_thresholds(
+            lambda: chain(task_vectors(self.base, self.experts), matrices), len(self.experts), self.options.density
+        )
+        return [(least,) for least in found]
 
     def dtype_of(self, key: str, dtype: torch.dtype | None) -> torch.dtype:
         """What a parameter is written in: `dtype` where it is floating, else as in the base."""
@@ -234,7 +205,7 @@ class Merger:
     def unfolded(self, weights: Given) -> State:
         """Place -> merged D where it folds into no weight: the model's extra module; empty where all of it folds."""
         weights, rest = self.check(weights), {}
-        for place in self._unfolded:
+        for place in self.unfolded_places:
             if (matrix := self.matrix(place, f"{place}.weight", weights)) is not None:
                 dtype = next(matrices[place].dtype for matrices in self.matrices if place in matrices)
                 rest[place] = matrix.to(dtype)
@@ -252,45 +223,17 @@ class Merger:
         shell.load_state_dict(self.state(weights))
         return projection.attach(shell, self.unfolded(weights))
 
-    def note_equal(self, equal: Sequence[bool]) -> None:
-        """Keep for the user which experts were found to be the base."""
-        found = [f"{own.path}: equals the base" for own, same in zip(self.experts, equal, strict=True) if same]
-        self.notes += [note for note in found if note not in self.notes]
-
     # -- faults ------------------------------------------------------------------------------------
 
     def _check_finite(self, key: str, merged: torch.Tensor) -> None:
         """Raises UserError that names the tensor, and the checkpoint at fault where it is one."""
         if finite(merged):
             return
-        places, readers = self._onto.get(key.rpartition(".")[0], ()), (*self.experts, self.base, *self.fisher)
+        places, readers = self.folding(key), (*self.experts, self.base, *self.fisher)
         faults = [reader.path for reader in readers if not finite(reader.tensor(key))]
         for reader, own in zip(self.experts, self.matrices, strict=True):
             if not all(finite(own[place]) for place in places if place in own):
-                faults.append(_folder(reader.path) / projection.FILE)
+                faults.append(folder_of(reader.path) / projection.FILE)
         bad = next(iter(faults), None)
-        why = f"NaN or infinity in {bad}" if bad else f"too large for {_short(merged.dtype)}; lower the weights"
+        why = f"NaN or infinity in {bad}" if bad else f"too large for {short(merged.dtype)}; lower the weights"
         raise UserError(f"{key}: the merged tensor is not finite: {why}")
-
-
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether every entry is: one sum, and a look at each only where that overflows or is not finite."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    tensor = computable(tensor)
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
-
-
-def computable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or in float32 where it is float8, which torch only stores."""
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-
-
-def _folder(path: Path) -> Path:
-    """Where a checkpoint's projections lie: beside its weights."""
-    return path if path.is_dir() else path.parent
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

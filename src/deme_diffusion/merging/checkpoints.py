@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import part_of
-from deme_diffusion.weight_files import PICKLES, pickled
+from deme_diffusion.weight_files import PICKLES, checked_parts, pickled
 
 MODEL_INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
@@ -60,10 +60,10 @@ def locate(path: Path, component: str | None = None, *, what: str) -> Place:
 def parts(pipeline: Path) -> list[str]:
     """Names of the parts that a pipeline's index lists: what else lies in the folder is not the model's."""
     try:
-        index = json.loads((pipeline / MODEL_INDEX).read_text())
-        return [name for name in index if not name.startswith("_")]
-    except (OSError, ValueError):
+        index = dict(json.loads((pipeline / MODEL_INDEX).read_text()))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{pipeline}: no readable {MODEL_INDEX}; a diffusers pipeline folder is expected") from None
+    return checked_parts(pipeline / MODEL_INDEX, (name for name in index if not name.startswith("_")))
 
 
 def _file(path: Path, what: str) -> Place:
@@ -89,4 +89,6 @@ def _part(pipeline: Path, component: str | None, what: str) -> str:
 def _instead(folder: Path) -> str:
     """Help by the weight files that lie there all the same."""
     found: Sequence[Path] = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
-    return f"; in it lies {found[0].name}" if found else ""
+    lora = "; a LoRA is no whole model: fuse it into its base and save that first"
+    adapter = (folder / "adapter_config.json").is_file() or any("lora" in path.name.lower() for path in found)
+    return (f"; in it lies {found[0].name}" if found else "") + (lora if adapter else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,7 +22,7 @@ from deme_diffusion.merging.search.space import REST, Space
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.vectors import wide
 from deme_diffusion.models import projection
-from deme_diffusion.models.placement import BLOCK, is_block, operations
+from deme_diffusion.models.placement import BLOCK
 
 Compose = Callable[[Given], MergeWeights]
 """The weights of a candidate -> those of a merge: with what the recipe says of some parameters."""
@@ -35,18 +35,11 @@ class Differential:
     merger: Merger
     shell: nn.Module
     compose: Compose = MergeWeights.of
-    _onto: dict[str, list[str]] = field(default_factory=dict, init=False)
-    unfolded: list[str] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        keys = self.merger.keys()
-        places = {place for matrices in self.merger.matrices for place in matrices}
-        for place in sorted(places, key=lambda place: (is_block(place), place)):  # an operation's own acts first
-            onto = operations(place, keys)
-            for operation in onto:
-                self._onto.setdefault(operation, []).append(place)
-            if not onto:
-                self.unfolded.append(place)
+    @property
+    def unfolded(self) -> list[str]:
+        """The places whose D fold into no weight."""
+        return self.merger.unfolded_places
 
     def prepare(self, weights: Given) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """The merged module, and its parameters and attached projections, which want a gradient."""
@@ -91,8 +84,7 @@ class Differential:
         base = wide(self.merger.base.tensor(key)).to(gradient.device)
         vectors = [wide(expert.tensor(key)).to(gradient.device) - base for expert in self.merger.experts]
         stacked = torch.stack(vectors).reshape(len(vectors), -1)
-        places = self._onto.get(key.rpartition(".")[0], ())
-        matrices = [self._matrices(place, base) for place in places]
+        matrices = [self._matrices(place, base) for place in self.merger.folding(key)]
 
         def merged(w: torch.Tensor) -> torch.Tensor:
             tensor = (base.flatten() + w @ stacked).reshape(base.shape)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from deme_diffusion.errors import UserError
 from deme_diffusion.files import Record, part_of
 from deme_diffusion.merging import record
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.checkpoints import Place, locate
 from deme_diffusion.merging.estimate import spectral_cost
 from deme_diffusion.merging.methods.spectral import estimated_seconds
+from deme_diffusion.merging.parents import of_pipelines
 from deme_diffusion.merging.request import Request
 from deme_diffusion.merging.write import planned as planned_files
 from deme_diffusion.merging.write import write_model
@@ -38,11 +40,24 @@ class Opened:
 def opened(request: Request) -> Iterator[Opened]:
     """The checkpoints of a request, open within the block. Raises UserError for any that do not fit together."""
     base = locate(request.base, request.component, what="base")
+    if request.component and base.component is None:
+        kind = "one file" if base.is_file else "a component's folder"
+        raise UserError(f"component {request.component}: base {base.given} is {kind}, no pipeline; leave it out")
     experts = [locate(path, base.component, what="expert") for path in request.experts]
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     paths = [place.weights for place in experts]
     with Merger(base.weights, paths, request.method.name, request.options, request.fisher) as merger:
+        merger.notes += [note for place in experts for note in of_pipelines(base, place)]
+        merger.notes += _same_twice(paths)
         yield Opened(request, merger, base, dtype)
+
+
+def _same_twice(paths: Sequence[Path]) -> Iterator[str]:
+    """What to say of experts that are one and the same."""
+    real = [path.resolve() for path in paths]
+    for i, path in enumerate(real):
+        if path in real[:i]:
+            yield f"{paths[i]}: expert {i} is expert {real.index(path)} again; its task vector counts twice"
 
 
 def planned(request: Request) -> Record:
@@ -50,7 +65,13 @@ def planned(request: Request) -> Record:
     with opened(request) as here:
         merger = here.merger
         files = planned_files(
-            merger, request.weights, here.base, request.out, dtype=here.dtype, max_shard_size=request.max_shard_size
+            merger,
+            request.weights,
+            here.base,
+            request.out,
+            dtype=here.dtype,
+            max_shard_size=request.max_shard_size,
+            link=request.link,
         )
         return {
             **record.asked(merger, request.weights, source=request.source, dtype=here.dtype),
@@ -97,6 +118,7 @@ def performed(request: Request) -> Record:
             recipe={"method": request.method.name, "options": record.options(merger)},
             observe=seen,
             beside=beside,
+            link=request.link,
         )
         _warn(merger.notes[before:])
     return told

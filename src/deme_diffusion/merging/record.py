@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_diffusion.digests import known
+from deme_diffusion.digests import hub_snapshot, known
 from deme_diffusion.files import Record, write_json
 from deme_diffusion.merging.statistics import Statistics, group_of
 from deme_diffusion.models import projection
@@ -113,7 +113,8 @@ def _parent(reader: Weights, full_hash: bool) -> Record:
     beside = reader.path / projection.FILE
     files = [*reader.files, *([beside] if beside.is_file() else [])]
     of = known(files, full_hash=full_hash or sum(file.stat().st_size for file in files) <= SMALL)
-    return {"path": str(reader.path), "digest": of.digest, "digest_from": of.how, "bytes": of.bytes}
+    told = {"path": str(reader.path.absolute()), "digest": of.digest, "digest_from": of.how, "bytes": of.bytes}
+    return {**told, **hub_snapshot(reader.path)}
 
 
 def _dtype(merger: Merger, dtype: torch.dtype | None) -> str:

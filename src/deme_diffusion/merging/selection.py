@@ -48,13 +48,14 @@ class MergeWeights:
 
     def check_values(self, num_experts: int) -> MergeWeights:
         """The same: as much of `check` as needs no parameters' names."""
-        for name, values in [("weights", self.values), *self.rules.items()]:
+        named = {f"weights_for {pattern}": values for pattern, values in self.rules.items()}
+        for name, values in {"weights": self.values, **named}.items():
             if len(values) != num_experts:
                 raise UserError(f"{name}: {len(values)} given for {num_experts} experts")
             if not all(math.isfinite(w) for w in values):
                 raise UserError(f"{name}: {list(values)}; a weight is a finite number")
         for pattern, who in self.keep.items():
-            if who != "base" and not (isinstance(who, int) and 0 <= who < num_experts):
+            if who != "base" and not (type(who) is int and 0 <= who < num_experts):  # True is no expert
                 raise UserError(f"keep {pattern}={who}: base, or an expert from 0 to {num_experts - 1}")
         return self
 

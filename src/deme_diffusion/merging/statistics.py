@@ -1,6 +1,6 @@
 """What a merge sees of its task vectors while it streams: norms, cosines and overlap, by layer group and in whole.
 
-Nothing is read for it. Of a big model's big slices only runs of entries at even distances are looked at, since a pass
+Nothing is read for it. Of a big model's big slices only runs of entries are looked at, one in each period, since a pass
 over all of them would cost about as much as the merge; sums are scaled to the whole, and the share is told.
 """
 
@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
 from typing import Any
+from zlib import crc32
 
 import torch
+
+from deme_diffusion.weight_files import PROJECTION_KEY
 
 WHOLE, BIG = 2**22, 2**16  # entries of a model that is looked at entirely; of a slice that is sampled otherwise
 PIECE = 2**16  # entries at a time, so that the rows stay in the processor's cache
 RUN, PERIOD = 1024, 16 * 1024  # whole runs, since entries taken one by one would read all of the memory anyway
-PROJECTION = "projection"
+GOLDEN = (5**0.5 - 1) / 2  # its multiples spread evenly over [0, 1): a run a period, never at the same columns
+PROJECTION = PROJECTION_KEY.removesuffix(".")
 
 _GROUP = re.compile(rf"{PROJECTION}\.|(?:[^.]+\.)*?(?:\w*(?:blocks|layers)\.\d+|mid_block)(?=\.)|[^.]+(?:\.\d+(?=\.))?")
 
@@ -114,13 +118,15 @@ class Statistics:
         self.num_experts = num_experts
         self._sampled = num_entries > WHOLE
         self._groups: dict[str, Sums] = {}
+        self._runs: dict[str, int] = {}
 
     def see(self, key: str, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> None:
         """A slice (or all) of one parameter: flat tensors in float32 or wider, the base's and the experts'."""
         if not base.numel():
             return
         sums = self._groups.setdefault(group_of(key), Sums.zero(self.num_experts))
-        theta, *others = (self._looked_at(tensor) for tensor in (base, *experts))
+        runs = self._chosen(key, base.numel())
+        theta, *others = (_at(tensor.reshape(-1), runs) for tensor in (base, *experts))
         scale = base.numel() / theta.numel()
         for first in range(0, theta.numel(), PIECE):
             piece = slice(first, first + PIECE)
@@ -128,11 +134,14 @@ class Statistics:
             sums.add(rows.double(), scale)
         sums.entries += base.numel()
 
-    def _looked_at(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.reshape(-1)
-        if not self._sampled or flat.numel() < BIG:
-            return flat
-        return flat[: flat.numel() // PERIOD * PERIOD].view(-1, PERIOD)[:, :RUN].reshape(-1)
+    def _chosen(self, key: str, size: int) -> list[int] | None:
+        """Where the runs of a parameter's next slice begin, one in each period; None where all of it is looked at."""
+        if not self._sampled or size < BIG:
+            return None
+        count, before = size // PERIOD, self._runs.get(key, 0)
+        self._runs[key] = before + count
+        phase, room = crc32(key.encode()) / 2**32, size // count - RUN
+        return [i * size // count + int((phase + (before + i) * GOLDEN) % 1 * room) for i in range(count)]
 
     def groups(self) -> dict[str, Sums]:
         """Layer group -> its sums, by name, with numbers in their order."""
@@ -147,6 +156,10 @@ class Statistics:
         """For merge.json: `model`, and `groups` by name."""
         groups = {name: sums.as_dict() for name, sums in self.groups().items()}
         return {"model": self.whole().as_dict(), "groups": groups}
+
+
+def _at(flat: torch.Tensor, runs: Sequence[int] | None) -> torch.Tensor:
+    return flat if runs is None else torch.cat([flat[first : first + RUN] for first in runs])
 
 
 def _ratio(value: float, by: float) -> float | None:

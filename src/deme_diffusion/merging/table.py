@@ -20,7 +20,9 @@ class Method:
     `module` of `merging.methods` holds the function; `defaults` are the options that it takes and their values;
     `ones`: weights that nobody gives are 1 (the method averages by itself), else 1/N; `experts`: how many it takes, if
     that is fixed; `weighted`: takes weights at all; `spectral`: decomposes matrices, so that its time is told first;
-    `pointwise`: an entry of the result depends on that entry alone, so that tensors may be merged in slices.
+    `pointwise`: an entry of the result depends on that entry alone, so that tensors may be merged in slices;
+    `thresholds`: and on thresholds, for which each whole |tau_i| is looked at first; `fisher`: takes a file of Fisher
+    information an expert; `relative`: only the ratios of its weights count, so that 2 w makes the same model as w.
     """
 
     name: str
@@ -33,7 +35,9 @@ class Method:
     weighted: bool = True
     spectral: bool = False
     pointwise: bool = False
+    thresholds: bool = False
     fisher: bool = False
+    relative: bool = False
 
     @property
     def options(self) -> list[str]:
@@ -57,6 +61,16 @@ class Method:
         if self.experts not in (None, num_experts):
             raise UserError(
                 f"method {self.name} merges {self.experts} experts, {num_experts} are given; use task_arithmetic"
+            )
+
+    def check_fisher(self, files: int, num_experts: int) -> None:
+        """Raises UserError unless it gets a file of Fisher information an expert if it takes any, and none if not."""
+        if files and not self.fisher:
+            raise UserError(f"fisher: method {self.name} takes no Fisher information; use method fisher")
+        if self.fisher and files != num_experts:
+            raise UserError(
+                f"fisher: {files} files given for {num_experts} experts; method {self.name} takes one an expert, in "
+                "their order: `deme fisher RECIPE` makes them"
             )
 
 
@@ -84,10 +98,25 @@ _ROWS = (
         "Yadav et al. 2023, arXiv 2306.01708",
         {"density": 0.2, "trim": "tensor"},
         ones=True,
+        pointwise=True,
+        thresholds=True,
     ),
-    Method("dare_linear", "sparse", "drop entries at random, rescale, add", _DARE, {"density": 0.5, "seed": 0}),
     Method(
-        "dare_ties", "sparse", "drop at random, rescale, then as TIES", _DARE, {"density": 0.5, "seed": 0}, ones=True
+        "dare_linear",
+        "sparse",
+        "drop entries at random, rescale, add",
+        _DARE,
+        {"density": 0.5, "seed": 0},
+        pointwise=True,
+    ),
+    Method(
+        "dare_ties",
+        "sparse",
+        "drop at random, rescale, then as TIES",
+        _DARE,
+        {"density": 0.5, "seed": 0},
+        ones=True,
+        pointwise=True,
     ),
     Method(
         "breadcrumbs",
@@ -95,6 +124,8 @@ _ROWS = (
         "remove the largest and the smallest entries, add",
         "Davari and Belilovsky 2024, arXiv 2312.06795",
         {"density": 0.9, "outliers": 0.01},
+        pointwise=True,
+        thresholds=True,
     ),
     Method(
         "della",
@@ -107,7 +138,7 @@ _ROWS = (
     Method(
         "slerp",
         "linear",
-        "along the arc between two task vectors",
+        "the arc of two task vectors at t = |w2| / s, times s = |w1| + |w2|; a sign turns its vector",
         "Shoemake 1985, doi 10.1145/325334.325242",
         experts=2,
     ),
@@ -118,6 +149,7 @@ _ROWS = (
         "Matena and Raffel 2022, arXiv 2111.09832",
         fisher=True,
         pointwise=True,
+        relative=True,
     ),
     Method(
         "tsv",
@@ -143,6 +175,7 @@ _ROWS = (
         "Cheng et al. 2025, arXiv 2503.08099",
         ones=True,
         spectral=True,
+        relative=True,
     ),
 )
 METHODS = {row.name: row for row in _ROWS}
@@ -151,5 +184,5 @@ METHODS = {row.name: row for row in _ROWS}
 def method(name: str, *, key: str = "merge.method") -> Method:
     """The row of that name. Raises UserError with the nearest name."""
     if name not in METHODS:
-        raise UserError(f"{key}: unknown method {name!r}{nearest(name, METHODS)}")
+        raise UserError(f"{key}: unknown method {name!r}{nearest(str(name), METHODS)}")
     return METHODS[name]

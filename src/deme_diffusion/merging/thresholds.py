@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from deme_diffusion.merging.vectors import slices
+from deme_diffusion.merging.vectors import computable, slices, wide
+from deme_diffusion.weights import Weights
 
 BINS = 1 << 16  # of a half of a float32's bits
 
@@ -15,6 +16,15 @@ BINS = 1 << 16  # of a half of a float32's bits
 def kept(density: float, size: int) -> int:
     """How many of `size` entries a density keeps: rounded up, so that one stays wherever there is one."""
     return math.ceil(density * size * (1 - 1e-12))  # 0.1 * 30 is 3.0000000000000004
+
+
+def magnitudes(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """|tau| of one parameter, flat and in float32."""
+    theta, other = base.reshape(-1), expert.reshape(-1)
+    found = torch.empty(theta.shape, device=base.device)
+    for at in slices(theta.numel()):
+        found[at] = (wide(other[at]) - wide(theta[at])).abs_()
+    return found
 
 
 class Magnitudes:
@@ -67,6 +77,16 @@ def global_thresholds(
             if closing is not None:
                 closing(own)
     return [own.threshold() for own in magnitudes]
+
+
+def task_vectors(base: Weights, experts: Sequence[Weights]) -> Iterator[list[torch.Tensor]]:
+    """tau_i of every floating parameter, in slices."""
+    for key in base.keys():  # noqa: SIM118 - Weights is no mapping
+        if base.dtype(key).is_floating_point:
+            wholes = [reader.tensor(key).reshape(-1) for reader in (base, *experts)]
+            for at in slices(wholes[0].numel()):
+                theta, *others = (wide(computable(whole[at])) for whole in wholes)
+                yield [other - theta for other in others]
 
 
 def _largest(counts: torch.Tensor, rank: int) -> tuple[int, int]:

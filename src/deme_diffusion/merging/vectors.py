@@ -64,3 +64,17 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 def slices(size: int, step: int = 1 << 18) -> Iterator[slice]:
     """[0, size) in pieces that fit a processor's cache."""
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether every entry is: one sum, and a look at each only where that overflows or is not finite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    tensor = computable(tensor)
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def computable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or in float32 where it is float8, which torch only stores."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor

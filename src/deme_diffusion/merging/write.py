@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -15,20 +14,23 @@ from typing import Any
 import torch
 
 from deme_diffusion.errors import UserError
-from deme_diffusion.files import building, explained, part_of, require_space, visible_files, write_json
+from deme_diffusion.files import building, explained, require_space, write_json, write_text
 from deme_diffusion.merging.apply import Given, Merger
-from deme_diffusion.merging.checkpoints import MODEL_INDEX, Place, parts
+from deme_diffusion.merging.checkpoints import MODEL_INDEX, Place
+from deme_diffusion.merging.remarks import note_buffers
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.stream import Observer, stream
+from deme_diffusion.merging.unmerged import copied_bytes, copy_beside, copy_parts
 from deme_diffusion.models import projection
+from deme_diffusion.weight_files import SHARD, read_json
 from deme_diffusion.weights import WEIGHTS_NAME, Header, State
 
 log = logging.getLogger(__name__)
 METADATA_KEY = "deme_merge"
-SMALL = 1 << 20
-"""Bytes under which a file is copied, not linked: configs get edited, and the base's must not change with them."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors)")
+_VARIANT = re.compile(
+    r"(?<=^diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.(?!safetensors)[\w-]+?(?=-\d{5}-of-|\.safetensors)"
+)
 
 
 def nothing(folder: Path) -> None:
@@ -46,20 +48,30 @@ def write_model(
     recipe: Mapping[str, Any] | None = None,
     observe: Observer | None = None,
     beside: Callable[[Path], None] = nothing,
+    link: bool = False,
 ) -> None:
     """Write the merged model as what the base is: its whole pipeline, a component's folder, or a file.
 
     All is written under a hidden name, to which `beside` may add files, and renamed at the end. `out` must not exist,
     or be an empty folder. Where the base is a file, `out` may be one (.safetensors): what `beside` adds is then put
-    next to it, its name after the file's. Raises UserError for a target or weights that cannot be, MachineError for a
-    disk that is full or closed, and while another process writes there.
+    next to it, its name after the file's. `link` shares the other parts' big files with the base by hard links, whose
+    bytes are then the base's too. Raises UserError for a target or weights that cannot be, MachineError for a disk that
+    is full or closed, and while another process writes there.
     """
     weights = merger.check(weights)
     _check_target(merger, base, out, max_shard_size)
     real = Path(os.path.realpath(out))  # a link to an empty folder stays one
     with building(real, chosen=base.weights.name if out.suffix == ".safetensors" else None) as folder:
         write_into(
-            merger, weights, base, folder, dtype=dtype, max_shard_size=max_shard_size, recipe=recipe, observe=observe
+            merger,
+            weights,
+            base,
+            folder,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            recipe=recipe,
+            observe=observe,
+            link=link,
         )
         beside(folder)
 
@@ -72,16 +84,28 @@ def planned(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int | None = None,
+    link: bool = False,
 ) -> dict[str, int]:
     """Name -> bytes of tensors of the weight files that `write_model` would write; it raises what that would first."""
-    merger.check(weights)
+    weights = merger.check(weights)
     _check_target(merger, base, out, max_shard_size)
-    sizes = {
+    note_buffers(merger, weights)
+    sizes = _sizes(merger, dtype, max_shard_size)
+    _require_space(base, out, sizes, link)
+    return sizes
+
+
+def _sizes(merger: Merger, dtype: torch.dtype | None, max_shard_size: str | int | None) -> dict[str, int]:
+    return {
         name: sum(merger.dtype_of(key, dtype).itemsize * prod(merger.base.shape(key)) for key in keys)
         for name, keys in _shards(merger, dtype, max_shard_size).items()
     }
-    require_space(out, sum(sizes.values()))
-    return sizes
+
+
+def _require_space(base: Place, out: Path, sizes: Mapping[str, int], link: bool) -> None:
+    """Raises MachineError where the disk has no room for the merged weights and the parts that are copied."""
+    beside = copied_bytes(base.pipeline, str(base.component), out, link=link) if base.pipeline else 0
+    require_space(out, sum(sizes.values()) + beside)
 
 
 def write_into(
@@ -94,13 +118,15 @@ def write_into(
     max_shard_size: str | int | None = None,
     recipe: Mapping[str, Any] | None = None,
     observe: Observer | None = None,
+    link: bool = False,
 ) -> None:
     """`write_model` into a folder that is a temporary one already: nothing is hidden, nothing renamed."""
     component = folder
     if base.pipeline is not None:
         assert base.component is not None, "a pipeline's weights are a component's"
+        _require_space(base, folder, _sizes(merger, dtype, max_shard_size), link)
         component = folder / base.component
-        _link_parts(base.pipeline, base.component, folder)
+        copy_parts(base.pipeline, base.component, folder, link=link)
     write_merged(merger, weights, component, dtype=dtype, max_shard_size=max_shard_size, recipe=recipe, observe=observe)
 
 
@@ -120,6 +146,7 @@ def write_merged(
     has no room.
     """
     weights = merger.check(weights)
+    note_buffers(merger, weights)
     shards = _shards(merger, dtype, max_shard_size)
     files = {
         out / name: {key: (merger.dtype_of(key, dtype), merger.base.shape(key)) for key in keys}
@@ -131,14 +158,25 @@ def write_merged(
     with explained("write", out):
         out.mkdir(parents=True, exist_ok=True)
         stream(merger, weights, files, metadata, dtype=dtype, observe=observe)
-    if len(files) > 1 or _SHARD.search(next(iter(shards))):
+    if len(files) > 1 or SHARD.search(next(iter(shards))):
         size = sum(map(_bytes, files.values()))
         owner = {key: name for name, keys in shards.items() for key in keys}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}
         write_json(out / _index_name(next(iter(shards))), index)
     if merger.base.path.is_dir():
-        _copy(merger.base.path / "config.json", out / "config.json")
+        copy_beside(merger.base.path, out)
+        if dtype is not None:
+            _say_dtype(out / "config.json", dtype)
     _write_unfolded(rest, out, metadata)
+
+
+def _say_dtype(config: Path, dtype: torch.dtype) -> None:
+    """The dtype in a config that says one, as those of transformers do: models are loaded in what it says."""
+    said = read_json(config) if config.is_file() else {}
+    name = str(dtype).removeprefix("torch.")
+    old = {key: said[key] for key in ("dtype", "torch_dtype") if isinstance(said.get(key), str)}
+    if any(value.removeprefix("torch.") != name for value in old.values()):
+        write_text(config, json.dumps({**said, **dict.fromkeys(old, name)}, indent=2) + "\n")
 
 
 def _plain(weights: MergeWeights) -> Any:
@@ -165,6 +203,9 @@ def _write_unfolded(rest: State, out: Path, metadata: Mapping[str, str]) -> None
 def _shards(merger: Merger, dtype: torch.dtype | None, max_shard_size: str | int | None) -> dict[str, list[str]]:
     """File name -> keys."""
     layout = merger.base.layout()
+    changed = any(merger.dtype_of(key, dtype) != merger.base.dtype(key) for keys in layout.values() for key in keys)
+    if changed and merger.base.path.is_dir():
+        layout = {_VARIANT.sub(r"\1", name): keys for name, keys in layout.items()}  # .fp16 would be wrong
     if max_shard_size is None:
         return layout
     limit, groups, room = shard_bytes(max_shard_size), list[list[str]](), 0
@@ -174,7 +215,7 @@ def _shards(merger: Merger, dtype: torch.dtype | None, max_shard_size: str | int
             groups, room = [*groups, []], limit
         groups[-1].append(key)
         room -= size
-    name = _SHARD.sub("", next(iter(layout)))
+    name = SHARD.sub("", next(iter(layout)))
     if len(groups) < 2:
         return {name: [key for group in groups for key in group]}
     stem = name.removesuffix(".safetensors")
@@ -182,17 +223,19 @@ def _shards(merger: Merger, dtype: torch.dtype | None, max_shard_size: str | int
 
 
 def shard_bytes(size: str | int) -> int:
-    """Bytes of a size as 5GB, 500MB or 2GiB. Raises UserError otherwise."""
+    """Bytes of a size as 5GB, 500MB or 2GiB; an int is bytes. Raises UserError otherwise, also for a bare '5'."""
     found = _SIZE.fullmatch(str(size))
     number = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
     if number < 1:
         raise UserError(f"max_shard_size: {size!r} is no size; give one like 5GB or 500MB")
+    if isinstance(size, str) and found and not found[2] and number < 1e6:  # else a file a tensor would be written
+        raise UserError(f"max_shard_size: {size!r} is {int(number)} bytes; did you mean '{found[1]}GB'?")
     return int(number)
 
 
 def _index_name(shard: str) -> str:
     """As diffusers names it, a variant before the last dot."""
-    whole, stem = _SHARD.sub("", shard), WEIGHTS_NAME.partition(".")[0]
+    whole, stem = SHARD.sub("", shard), WEIGHTS_NAME.partition(".")[0]
     variant = whole.removeprefix(f"{stem}.").removesuffix(".safetensors") if whole.startswith(f"{stem}.") else ""
     return f"{whole}.index.json" if variant in ("", "safetensors") else f"{WEIGHTS_NAME}.index.{variant}.json"
 
@@ -214,6 +257,9 @@ def _check_target(merger: Merger, base: Place, out: Path, max_shard_size: str | 
         pass
     elif out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; give a name that is free, or an empty folder")
+    for name in ("merge.json", projection.FILE) if out.suffix == ".safetensors" else ():
+        if (taken := out.with_name(f"{out.stem}.{name}")).exists() or taken.is_symlink():
+            raise UserError(f"{taken}: exists already, and would go with {out.name}; give {out.name} another name")
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir():
         raise UserError(f"{out}: {above} is a file, not a folder")
@@ -222,46 +268,3 @@ def _check_target(merger: Merger, base: Place, out: Path, max_shard_size: str | 
         whole = parent.parent if (parent.parent / MODEL_INDEX).is_file() else parent
         if whole.is_dir() and whole.resolve() in within:
             raise UserError(f"{out}: lies inside {whole}, which is merged from; give a folder elsewhere")
-
-
-def _link_parts(pipeline: Path, component: str, out: Path) -> None:
-    """Every part of a pipeline but one, unchanged; parts that all lie in one folder get folders of their own."""
-    found = {part: list(_files_of(pipeline, part)) for part in parts(pipeline) if part != component}
-    pairs = [(file, out / part / name) for part, files in found.items() for name, file in files]
-    pairs.append((pipeline / MODEL_INDEX, out / MODEL_INDEX))
-    with explained("write", out):
-        out.mkdir(parents=True, exist_ok=True)
-        require_space(out, sum(file.stat().st_size for file, _ in pairs if not _linkable(file, out)))
-        for file, at in pairs:
-            at.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(file, at)
-
-
-def _files_of(pipeline: Path, part: str) -> list[tuple[str, Path]]:
-    if part_of(pipeline, part) != pipeline:
-        folder = pipeline / part
-        return [(file.relative_to(folder).as_posix(), file) for file in visible_files(folder)]
-    config = pipeline / f"{part}_config.json"
-    return [(config.name, config)] if config.is_file() else []
-
-
-def _linkable(file: Path, out: Path) -> bool:
-    return file.stat().st_size >= SMALL and file.stat().st_dev == out.stat().st_dev
-
-
-def _link_or_copy(file: Path, at: Path) -> None:
-    real = file.resolve()  # snapshots of the hub are symlinks
-    at.unlink(missing_ok=True)  # of an interrupted attempt; a link to the base's must not be written through
-    if file.stat().st_size >= SMALL:
-        try:
-            os.link(real, at)
-            return
-        except OSError:  # another disk, or one without links
-            pass
-    _copy(real, at)
-
-
-def _copy(file: Path, at: Path) -> None:
-    shutil.copyfile(file, at)
-    with at.open("rb") as copied:
-        os.fsync(copied.fileno())

@@ -5,7 +5,6 @@ The result has a hidden name until it is whole, so nothing half stands under the
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,10 @@ from deme_diffusion.models.pickles import plain_state, read_state
 from deme_diffusion.models.placement import Shapes, shapes_of
 from deme_diffusion.models.projection import COMPONENTS
 from deme_diffusion.models.public import PUBLIC_WIDTHS, adapter_widths, public_state, read_public
+from deme_diffusion.weight_files import SHARD, checked_parts, read_json
 from deme_diffusion.weights import PICKLES, WEIGHTS_NAME, State, Weights, save_state
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 _BESIDE = (".json", ".md", ".txt")
 """What is taken from the top of a pipeline folder: single-file checkpoints and previews are no part of the pipeline."""
 
@@ -70,7 +69,8 @@ def _component(files: Sequence[Path], like: Path, out: Path, result: Converted) 
         part, notes = read_state(file)
         state |= part
     if not (like / CONFIG).is_file():
-        raise UserError(f"{like}: no {CONFIG}; name the model that it was trained from: --like PIPELINE")
+        told = "a state dict alone" if like == files[0].parent else f"{like} has no {CONFIG}"
+        raise UserError(f"{files[0]}: {told}; name the model that it was trained from: --like PIPELINE")
     config = read_json(like / CONFIG)
     weights, matrices = read_public(state, _shapes(like, config), config, file=files[0], like=str(like))
     require_space(out, sum(file.stat().st_size for file in files))
@@ -93,7 +93,8 @@ def _shapes(component: Path, config: Mapping[str, Any]) -> Shapes:
     import diffusers
 
     kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None or not hasattr(kind, "from_config"):
+    is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if kind is None or not is_model:
         raise UserError(f"{component / CONFIG}: _class_name {config.get('_class_name')!r} is no model of diffusers")
     try:
         with torch.device("meta"):
@@ -136,10 +137,10 @@ def _pickles(folder: Path) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in PICKLES):
         # transformers' pytorch_model.bin is model.safetensors.
-        whole = re.sub(r"^pytorch_model", "model", _SHARD.sub("", file.stem))
+        whole = re.sub(r"^pytorch_model", "model", SHARD.sub("", file.stem))
         groups.setdefault(f"{whole}.safetensors", []).append(file)
     for files in groups.values():
-        shards = _SHARD.search(files[0].name)
+        shards = SHARD.search(files[0].name)
         if shards and int(shards[1]) != len(files):
             raise UserError(f"{folder}: {len(files)} of the {int(shards[1])} shards of {files[0].name} are there")
     return groups
@@ -151,7 +152,8 @@ def _pickles(folder: Path) -> dict[str, list[Path]]:
 def _pipeline(source: Path, out: Path, result: Converted) -> None:
     """Every part that the index lists, in a folder of its own; early hub models hold all parts in one."""
     index = read_json(source / MODEL_INDEX)
-    names = [name for name, kind in index.items() if isinstance(kind, list) and any(kind) and name[:1] != "_"]
+    listed = (name for name, kind in index.items() if isinstance(kind, list) and any(kind) and name[:1] != "_")
+    names = checked_parts(source / MODEL_INDEX, listed)
     if not any(_pickles(part) for part in [source, *(source / name for name in names)] if part.is_dir()):
         raise UserError(f"{source}: no pickle in it, so there is nothing to convert")
     for name in names:
@@ -238,14 +240,3 @@ def write_public(model: Path, file: Path) -> Converted:
 def _refuse_existing(option: str, path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise UserError(f"{option} {path}: exists already, and is kept; give another name")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A mapping in a JSON file. Raises UserError for anything else."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no readable JSON mapping")
-    return values

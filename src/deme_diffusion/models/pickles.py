@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "unet", "ema")
 """Under which keys training scripts put a state dict, the likeliest first."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "unet.")
 """What DDP, torch.compile and trainers put before every name."""
+_PICKLE, _ZIP = b"\x80", b"PK"
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, before torch 1.6
 _NEEDS_CODE = re.compile(r"GLOBAL ([\w.]+)|TorchScript")
 
 
@@ -60,16 +63,31 @@ def _unpickled(file: Path) -> Any:
 
 
 def _refused(file: Path, error: Exception) -> UserError:
-    found = _NEEDS_CODE.search(str(error))
-    if not found:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__) or type(error).__name__
-        return UserError(f"{file}: not a whole torch checkpoint ({reason[:100]}); fetch or make it again")
-    plain = file.with_name(f"{file.stem}-state.bin")
+    with file.open("rb") as opened:
+        head = opened.read(len(_LEGACY))
+    if head[:1] == _PICKLE and head != _LEGACY:  # other programs' pickles, whose code torch does not always name
+        what = "a pickle that torch.save did not write"
+        load = "import sys, pickle, torch; m = pickle.load(open(sys.argv[1], 'rb')); "
+    elif found := _NEEDS_CODE.search(str(error)):
+        what = f"a pickle of code ({found[1] or 'TorchScript'})"
+        load = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
+    else:
+        return UserError(f"{file}: not a whole torch checkpoint ({_reason(head, error)}); fetch or make it again")
+    save = "torch.save(getattr(m, 'state_dict', lambda: m)(), sys.argv[2])"
+    names = shlex.quote(str(file)), shlex.quote(str(file.with_name(f"{file.stem}-state.bin")))
     return UserError(
-        f"{file}: a pickle of code ({found[1] or 'TorchScript'}), which is never run; if you trust it, run where the "
-        f'code that wrote it is installed: python -c "import torch; m = torch.load({str(file)!r}, weights_only=False); '
-        f'torch.save(m.state_dict(), {str(plain)!r})", then deme convert {plain}'
+        f"{file}: {what}, whose code is never run; if you trust it, run where the code that wrote it is installed: "
+        f'python -c "{load}{save}" {names[0]} {names[1]}, then deme convert {names[1]}'
     )
+
+
+def _reason(head: bytes, error: Exception) -> str:
+    if not head:
+        return "it is empty"
+    if head[:1] != _PICKLE and not head.startswith(_ZIP):
+        return "neither a zip archive nor a pickle"
+    said = str(error).strip().split("\n")[0].split(". ")[0]
+    return said[:100] if " " in said else f"{type(error).__name__} {said}".strip()
 
 
 def _unwrapped(value: Any, file: Path) -> tuple[State, list[str]]:

@@ -17,9 +17,10 @@ from torch import nn
 
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.models.placement import PLACEMENTS, Shapes, is_block, operations, shapes_of, width
+from deme_diffusion.weight_files import PROJECTIONS
 from deme_diffusion.weights import State, load_state, save_state
 
-FILE = "projection.safetensors"
+FILE = PROJECTIONS
 COMPONENTS = ("unet", "transformer")
 """Folders of a pipeline in which `attach_projection` looks."""
 _BUFFER = "channel_projection"

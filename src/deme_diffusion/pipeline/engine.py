@@ -21,6 +21,7 @@ from deme_diffusion import processes
 from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe, RuntimeSettings
 from deme_diffusion.errors import Interrupted, MachineError
+from deme_diffusion.merging.search import noise_warning
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 
@@ -62,6 +63,7 @@ def _run(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, 
         else:
             finished(node, artefact, True)
     log.info("%d of %d stages are done already", len(nodes) - len(waiting), len(nodes))
+    _warn_of_noise(graph, waiting)
     shared = [node for node in waiting if not node.exclusive]
     alone = [node for node in waiting if node.exclusive]
     jobs = min(graph.recipe.runtime.jobs, len(shared))
@@ -70,6 +72,13 @@ def _run(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, 
     else:
         _run_here(graph, store, shared, finished, channel)
     _run_here(graph, store, alone, finished, channel)
+
+
+def _warn_of_noise(graph: Graph, waiting: Sequence[Node]) -> None:
+    """Before any training: what a search that is left to do will find may be noise."""
+    counts = [node.arguments["experts"] for node in waiting if node.stage == "search"]
+    if counts and (warning := noise_warning(max(counts), graph.recipe.merge)):
+        log.warning("%s", warning)
 
 
 def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, channel: Channel | None) -> None:

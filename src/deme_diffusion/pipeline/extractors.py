@@ -14,7 +14,8 @@ from deme_diffusion.config import ExtractorSettings, Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.scores import published_statistics
 from deme_diffusion.files import canonical_digest, file_digest, replacing
-from deme_diffusion.pipeline.inputs import Input, read_json, resolve
+from deme_diffusion.pipeline.inputs import Input, resolve
+from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 KEY, STATISTICS_KEY = "extractor.pretrained", "evaluate.reference_statistics"

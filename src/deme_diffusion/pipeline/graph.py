@@ -9,7 +9,7 @@ from deme_diffusion.config import MergeSettings, Recipe, SamplerSettings, TrainS
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import DIVISIONS, Division, Runs, name_of, whole
 from deme_diffusion.evaluation.samplers import check_sampler
-from deme_diffusion.merging.search import check_search, shaping
+from deme_diffusion.merging.search import check_search, shaped_by_loss, shaping
 from deme_diffusion.pipeline import extractors, images, merges
 from deme_diffusion.pipeline.inputs import Input, check_unseen, component_of, resolve, timesteps_of
 from deme_diffusion.pipeline.node import Node, Served, Vertices
@@ -102,8 +102,9 @@ class Graph(Vertices):
     def _search(
         self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings, how: merges.HowToMerge
     ) -> Node:
-        covered = shaping(settings) | how.model
-        covered |= {"loss": self.recipe.evaluate.loss.changed()} if self.recipe.evaluate.loss.changed() else {}
+        loss = self.recipe.evaluate.loss.changed()
+        covered = shaping(settings, how.method.name) | how.model
+        covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
         covered |= {"ranges": _served_ranges(self.division)}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
         parents |= self.informed(how, experts, seed)
@@ -189,7 +190,7 @@ class Graph(Vertices):
         if merge.search == "none":
             given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
             return self._merge(label, experts, seed, given or how.method.default_weights(len(experts)), how)
-        check_search(len(experts), merge, how.method.name)
+        check_search(len(experts), merge, how.method.name, fixed=how.fixed)
         search = self._search(label, experts, seed, merge, how)
         if label == "merged":
             self.searches[seed] = search

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -15,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from deme_diffusion.config import DataSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
+from deme_diffusion.weight_files import PROJECTIONS, read_json
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 COMPONENTS = ("unet", "transformer")
-SCHEDULER, PROJECTION = "scheduler_config.json", "projection.safetensors"
+SCHEDULER = "scheduler_config.json"
 CONVERT = "convert once: deme convert FOLDER --out NEW (of a hub model, first: hf download NAME --local-dir FOLDER)"
 NO_SIZE = "config.json has no sample_size; write the size of the images that it was trained on into it"
 TRAINED_ON = "trained_on.yaml"
@@ -159,9 +158,9 @@ def component_of(base: Path) -> Path:
         others = sorted(f.name for f in folders[0].iterdir() if f.is_file() and f.suffix != ".json")
         instead = f", only {others[0]}, and pickles are never loaded" if others else ""
         raise UserError(f"{folders[0]}: no safetensors{instead}; {CONVERT}")
-    if (folders[0] / PROJECTION).is_file():  # told again where it is loaded, of bases that a dry run does not see
+    if (folders[0] / PROJECTIONS).is_file():  # told again where it is loaded, of bases that a dry run does not see
         raise UserError(
-            f"{folders[0] / PROJECTION}: a base must be whole without projections; take the model that was merged, or "
+            f"{folders[0] / PROJECTIONS}: a base must be whole without projections; take the model that was merged, or "
             "one made with decouple.projection residual or none"
         )
     return folders[0]
@@ -179,14 +178,3 @@ def timesteps_of(base: Input) -> int:
     if not isinstance(timesteps, int) or timesteps < 1:
         raise UserError(f"{file}: num_train_timesteps is {timesteps!r}; a positive number is expected")
     return timesteps
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A mapping in a JSON file. Raises UserError for anything else."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no readable JSON mapping")
-    return values

@@ -54,8 +54,17 @@ class HowToMerge:
         return f"{self.method.name} ({said})" if said else self.method.name
 
     def weights(self, values: tuple[float, ...], found: Rules | None = None) -> MergeWeights:
-        """The weights of a merge: rules that were found by a search come before those of the recipe, which win."""
-        return MergeWeights(values, {**(found or {}), **self.rules}, self.keep)
+        """The weights of a merge: rules that were found by a search come before those of the recipe, which win.
+
+        The last of several patterns that match counts, so the recipe's come after all found ones, in their own order.
+        """
+        first = {pattern: row for pattern, row in (found or {}).items() if pattern not in self.rules}
+        return MergeWeights(values, {**first, **self.rules}, self.keep)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether some parameters are what the recipe says, so that the model at w = 0 is not the base."""
+        return bool(self.rules or self.keep)
 
 
 def how(settings: MergeSettings, num_experts: int, *, uniform: bool = False, alone: bool = False) -> HowToMerge:

@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
-from deme_diffusion.config import MergeSettings, PretrainSettings, Recipe, TrainSettings
+from deme_diffusion.config import PretrainSettings, Recipe, TrainSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import reported, whole
-from deme_diffusion.merging.search import reserved
+from deme_diffusion.merging.search import Space, expected
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import CONVERT, Input, component_of, is_cached, read_json, weight_bytes
+from deme_diffusion.pipeline.inputs import CONVERT, Input, component_of, is_cached, weight_bytes
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.unet_cost import FLOAT, Cost, unet_cost
+from deme_diffusion.weight_files import read_json
 
 KNOWN = Path(__file__).parent / "known.yaml"
 DIGITS = 1797
@@ -89,26 +90,11 @@ def _validated(graph: Graph, node: Node) -> float:
 
 def _searched(recipe: Recipe, node: Node) -> float:
     """Forward passes: of images that candidates are scored on, and of points of the fixed-noise loss."""
-    merge, experts = recipe.merge, int(node.arguments["experts"])
+    merge, how = recipe.merge, node.arguments["how"]
+    space = Space.of(how.method, int(node.arguments["experts"]), merge.bounds, fixed=how.fixed)
     points = _loss_points(recipe, "search") * _ranges(node)
-    form = (experts + 1) + merge.gauss_newton_rounds * (experts + 3)  # the least squares that a search is, or starts at
-    losses = form if merge.search == "least_squares" or _starts_there(merge) else 0
-    left = merge.max_evaluations - reserved(experts, merge) - losses
-    own: int = {"grid": len(merge.grid_values) ** experts, "cma_es": left, "tpe": left}.get(merge.search, 0)
-    proposed = {"least_squares": len(merge.scales), "gradient": 2}.get(merge.search, 0)
-    scored = 2 + experts + proposed + (own if merge.objective == "fd" else merge.finalists * (own > 0))
-    losses += own if merge.objective != "fd" else 0
-    stepped = 3 * ceil(merge.gradient_steps * 1.2) * min(points, merge.gradient_batch_size) + 4 * points
-    return (
-        scored * merge.num_images * merge.sampler.num_inference_steps
-        + losses * points
-        + (stepped if merge.search == "gradient" else 0)
-    )
-
-
-def _starts_there(merge: MergeSettings) -> bool:
-    moves = merge.search in ("gradient", "cma_es", "tpe")
-    return moves and merge.start == "least_squares" and merge.method in ("none", "task_arithmetic")
+    asked = expected(space, merge, min(1.0, merge.gradient_batch_size / points) if points else 1.0)
+    return asked.scored * merge.num_images * merge.sampler.num_inference_steps + asked.losses * points
 
 
 def _extracted(recipe: Recipe, node: Node) -> float:

@@ -13,11 +13,10 @@ from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
-from deme_diffusion.pipeline import table
+from deme_diffusion.pipeline import found, table
 from deme_diffusion.pipeline.engine import run_stages
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import read_json
-from deme_diffusion.pipeline.merges import HowToMerge, degenerate
+from deme_diffusion.pipeline.merges import HowToMerge
 from deme_diffusion.pipeline.node import MERGE, Node
 from deme_diffusion.processes import is_main
 from deme_diffusion.provenance import provenance
@@ -27,6 +26,7 @@ from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.report.page import write_page
 from deme_diffusion.report.tables import Row, write_table
 from deme_diffusion.report.verdict import Verdict, verdict
+from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 RUNS, RUN, STORE = Path("runs"), "run.json", "store"
@@ -149,6 +149,7 @@ class Run:
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
+            content["lost_gains"] = found.lost_gains(self.graph, self.store, rows)
         return content
 
     def _weights(self, seed: int) -> dict[str, Any]:
@@ -158,26 +159,15 @@ class Run:
         weights = {"merged-uniform": how.method.default_weights(experts)}
         weights |= {"merged": merged.results["weights"]} if merged else {}
         search = self.graph.searches.get(seed)
-        found = read_json(self.store.folder(search.key) / "search.json") if search else None
+        searched = read_json(self.store.folder(search.key) / "search.json") if search else None
         merge = read_json(merged.path(MERGE)) if merged else {}
         extra = (merged.results if merged else {}).get("projection")
-        content = {"weights": weights, "search": found, "merge": merge}
+        content = {"weights": weights, "search": searched, "merge": merge}
         return {**content, **({"projection": extra} if extra else {})}
 
-    def weights_found(self) -> list[str]:
-        """A line for each search: its weights, and whether `merged` is then a merge at all."""
-        lines = []
-        for seed, search in self.graph.searches.items():
-            found = read_json(self.store.folder(search.key) / "search.json")
-            how: HowToMerge = search.arguments["how"]
-            weights = how.weights(tuple(found["weights"]), found.get("rules"))
-            listed = ", ".join(f"{w:.3g}" for w in weights.values)
-            more = f" and others for {len(weights.rules)} patterns" if weights.rules else ""
-            method = "" if how.method.name == "task_arithmetic" else f" of {how.what}"
-            which = f" (seed {seed})" if len(self.recipe.seeds) > 1 else ""
-            said = degenerate(weights, how.method.name)
-            lines.append(f"merge weights{method}{which}: {listed}{more}, by {found['source']}{said}")
-        return lines
+    def weights_found(self, rows: Sequence[Row] = ()) -> list[str]:
+        """A line for each `merged`: its weights and whose they are; by the table, which search's gain was noise."""
+        return found.weights_lines(self.graph, self.store) + found.lost_gains(self.graph, self.store, rows)
 
     def _curves(self, seed: int) -> dict[str, Any]:
         training, validation = {}, {}

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import fisher
 from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective
 from deme_diffusion.files import write_json
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.differential import Differential
-from deme_diffusion.merging.search import Budget, Candidate, Given, Journal, Space, best, candidates, reserved, score
+from deme_diffusion.merging.search import (
+    Budget,
+    Candidate,
+    Given,
+    Journal,
+    Space,
+    Trial,
+    best,
+    best_so_far,
+    candidates,
+    reserved,
+    score,
+)
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.measure import Measuring
@@ -44,7 +59,8 @@ class Asked:
     def __post_init__(self) -> None:
         self.settings, self.how = self.stages.recipe.merge, self.node.arguments["how"]
         self.experts: int = self.node.arguments["experts"]
-        self.budget = Budget(self.settings.max_evaluations - reserved(self.experts, self.settings))
+        self.plain = Space.of(self.how.method, self.experts, self.settings.bounds, fixed=self.how.fixed)
+        self.budget = Budget(self.settings.max_evaluations - reserved(self.plain, self.settings))
         self.seed = seed_of(seed_of_node(self.node), "search")
 
     @cached_property
@@ -55,6 +71,8 @@ class Asked:
     def compose(self, weights: Given) -> MergeWeights:
         """With what the recipe says of some parameters."""
         given, how = MergeWeights.of(weights), self.how
+        if given.keep:  # the base itself, which no candidate is where the recipe fixes some parameters
+            return given
         composed: MergeWeights = how.weights(given.values, given.rules)
         return composed
 
@@ -97,12 +115,13 @@ class Asked:
             self.differential,
             self.settings.gradient_batch_size,
             self.stages.recipe.decouple.train_batch_size,  # the memory that a backward pass had while training
+            self.stages.denoiser.module,
         )
         return Journal(self.path, NAMES["relative_loss" if relative else "loss"], objective, self.budget)
 
     def _ends(self) -> tuple[nn.Module, list[Callable[[], nn.Module]]]:
         """The models at w = 0 and at each one-hot: the base and the experts, unless some parameters say otherwise."""
-        if not (self.how.rules or self.how.keep):
+        if not self.how.fixed:
             parts = experts_of(self.node)
             return self.stages.denoiser.module, [lambda part=part: self.stages.component(part) for part in parts]  # type: ignore[misc]
         ends = [[float(i == j) for j in range(self.experts)] for i in range(self.experts)]
@@ -115,10 +134,17 @@ class Asked:
     def space(self) -> Space:
         """Where the search looks."""
         if self.settings.search == "gradient":
-            return self.differential.space(self.settings)
-        row = self.how.method
-        default = None if row.name == "task_arithmetic" else tuple(row.default_weights(self.experts))
-        return Space(self.experts, self.settings.bounds, default=default)
+            return replace(self.differential.space(self.settings), fixed=self.how.fixed)
+        return self.plain
+
+    def base(self) -> float:
+        """FD of the base itself. Raises UserError where there is none."""
+        whole = MergeWeights((0.0,) * self.experts, keep={"*": "base"} if self.how.fixed else {})
+        try:
+            return self.metric.value(whole)
+        except UserError as error:
+            self.metric.forget()  # what was wrong may be put right
+            raise UserError(f"{self.node.label}: the base itself cannot be scored: {error}") from None
 
     def candidates(self) -> list[Candidate]:
         """What FD is to judge."""
@@ -150,22 +176,64 @@ class Searching(Measuring):
         )
 
     def _search(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        settings, trials = self.recipe.merge, []
         with self._merger(node) as merger:
             asked = Asked(self, node, merger, folder / TRIALS)
-            for trial in score(asked.candidates(), asked.metric):
-                trials.append(trial)
-                log.info("%s: %s %s -> %.4f", node.label, trial.source, _short(trial.weights), trial.value)
-        chosen = best(trials)
+            merger.check(asked.compose([0.0] * asked.experts))
+            try:
+                trials, before = _scored(asked), asked.base()
+            except KeyboardInterrupt:
+                if line := so_far(asked):
+                    log.warning("%s: %s", node.label, line)
+                raise
+        settings, chosen = self.recipe.merge, best(trials)
+        said = (node.label, len(trials), chosen.source, _short(chosen.weights), chosen.value)
+        log.info("%s: best of %d trials: %s %s -> %.4f", *said)
+        if before < chosen.value:
+            log.warning("%s: the base itself has %.4f; what the recipe fixes makes it worse", node.label, before)
         objective = (
             f"FD({self.graph.extractor_name}) {settings.sampler.label}, {settings.num_images} images, search split"
         )
-        result = {**chosen.as_dict(), "objective": objective, "value_before": trials[0].value}
+        result = {**chosen.as_dict(), "objective": objective, "value_before": before}
         found = {**result, "method": settings.search, "trials": [trial.as_dict() for trial in trials]}
         if settings.objective != "fd":
             found["proposed_by"] = NAMES[settings.objective]
         write_json(folder / SEARCH, found)
         return result
+
+
+def _scored(asked: Asked) -> list[Trial]:
+    """All trials, each told with the best so far; the base's own value is asked for first. UserError where none is."""
+    trials: list[Trial] = []
+    proposals, label = asked.candidates(), asked.node.label
+    before = asked.base()
+    if asked.how.fixed:
+        log.info("%s: the base -> %.4f", label, before)
+    for trial in score(proposals, asked.metric):
+        trials.append(trial)
+        least = best(trials)
+        if math.isfinite(trial.value):
+            told = (trial.source, _short(trial.weights), trial.value, least.value, least.source)
+            log.info("%s: %s %s -> %.4f (best so far %.4f, %s)", label, *told)
+        else:
+            log.warning("%s: %s %s cannot be used: %s", label, trial.source, _short(trial.weights), trial.reason)
+    if not math.isfinite(best(trials).value):
+        asked.metric.forget()
+        raise UserError(f"{label}: no weights can be scored: {trials[0].reason}")
+    return trials
+
+
+def so_far(asked: Asked) -> str:
+    """How to use the best that a search has found, as settings of the recipe; '' before there is any."""
+    found = best_so_far(asked.path)
+    name = next((name for name in NAMES.values() if name in found), None)
+    if name is None:
+        return ""
+    weights = MergeWeights.from_dict(found[name]["weights"])
+    line = f"merge.search=none 'merge.weights={list(weights.values)}'"
+    if weights.rules:
+        rules = {pattern: list(row) for pattern, row in asked.compose(weights).rules.items()}
+        line += f" 'merge.weights_for={json.dumps(rules)}'"
+    return f"stopped; the best so far by {name} ({found[name]['value']:.6g}) is {line}"
 
 
 def experts_of(node: Node) -> list[Node | Input]:

@@ -29,7 +29,7 @@ from deme_diffusion.merging.write import write_into
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.pipeline.inputs import TRAINED_ON, read_json, trained_on
+from deme_diffusion.pipeline.inputs import TRAINED_ON, trained_on
 from deme_diffusion.pipeline.merges import HowToMerge
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.searching import SEARCH, Searching, experts_of
@@ -38,6 +38,7 @@ from deme_diffusion.processes import is_main
 from deme_diffusion.report.card import expert_card, model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.rng import seed_of
+from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 PREVIEW_IMAGES = 64
@@ -180,7 +181,8 @@ class Stages(Searching):
         row = node.arguments["how"].method
         if isinstance(search := node.parents.get("search"), Node):
             found = read_json(self.folder(search) / SEARCH)
-            return f"search: {found['method']}, {found['source']}"
+            by, source = str(found["method"]), str(found["source"])
+            return f"search: {source if source.startswith(by) else f'{by}, {source}'}"
         default = list(weights.values) == row.default_weights(len(weights.values))
         return f"default of {row.name}" if default else "given"
 

@@ -1,6 +1,7 @@
 """The page of a run: one self-contained HTML file, no scripts, nothing fetched, every text escaped."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from deme_diffusion.report.figures import curves, division_picture, sample_grid,
 from deme_diffusion.report.tables import check_protocols
 from deme_diffusion.report.verdict import verdict
 
+BEST_TRIALS = 10
+"""Trials of a search that the page shows; the others are folded."""
 GRID_WIDTH, GRID_COLUMNS, GRID_IMAGES = 400, 8, 64  # a grid's pixels across, and how many images it shows
 FIRST = ("base", "merged")  # so that they are in sight where the table has to be scrolled
-PRINTED = ("description", "command", "recipe_yaml", "stages", "provenance")  # what the template takes as it is
+# What the template takes as it is.
+PRINTED = ("description", "command", "recipe_yaml", "stages", "provenance", "lost_gains")
 BADGES = {True: "helps", False: "no gain shown", None: "not conclusive"}
 
 
@@ -133,29 +137,36 @@ def _weights(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _search(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The search's trials, the best one marked (lowest, unless the objective is known to be better when higher)."""
+    """The search's trials, the best first (lowest, unless the objective is known to be better when higher)."""
     search = run.get("search")
     if not search or not search.get("trials"):
         return None
     trials = search["trials"]
-    pick = max if direction(search["objective"]) == "higher" else min
-    best = pick(range(len(trials)), key=lambda i: trials[i]["value"])
+    sign = -1 if direction(search["objective"]) == "higher" else 1
+    worth = [math.inf if trial["value"] is None else sign * trial["value"] for trial in trials]
+    order = sorted(range(len(trials)), key=lambda i: worth[i])  # of equals the first was chosen
     names = _names(run, max(len(trial["weights"]) for trial in trials))
-    decimals = 1 + decimals_for(trial["value"] for trial in trials)
-    values = [f"{trial['value']:.{decimals}f}" for trial in trials]
-    return {**search, "best": best, "names": names, "values": values}
+    decimals = 1 + decimals_for(trial["value"] for trial in trials if trial["value"] is not None)
+    rows = [{**trials[i], "said": _said(trials[i]["value"], decimals)} for i in order]
+    return {**search, "names": names, "shown": rows[:BEST_TRIALS], "folded": rows[BEST_TRIALS:]}
+
+
+def _said(value: float | None, decimals: int) -> str:
+    """A trial's value; weights of which none comes are unusable."""
+    return "unusable" if value is None else f"{value:.{decimals}f}"
 
 
 def _vectors(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The task vectors by layer group, from merge.json: relative norms, and means over pairs of cosine and overlap."""
+    """The task vectors by layer group, from merge.json: relative norms in %, means over pairs of cosine and overlap."""
     seen = (run.get("merge") or {}).get("statistics")
     if not seen:
         return None
     rows = []
     for group, one in {**seen["groups"], "all of the model": seen["model"]}.items():
-        norms = ["-" if norm is None else f"{norm:.3g}" for norm in one["relative_norms"]]
+        norms = ["-" if norm is None else f"{100 * norm:.3g}" for norm in one["relative_norms"]]
         alike = (_off_diagonal(one["cosines"]), _off_diagonal(one["overlaps"]))
-        rows.append((group, f"{one['parameters']:,}", norms, *alike))
+        label = "projection (channel-wise, its θ is 0)" if group == "projection" else group
+        rows.append((label, f"{one['parameters']:,}", norms, *alike))
     return {"names": _names(run, len(seen["model"]["norms"])), "rows": rows}
 
 

@@ -7,8 +7,9 @@ return something worse, on the search split, than what needs no search. No torch
 from __future__ import annotations
 
 from deme_diffusion.merging.search.answer import best, candidates, proposed, score
-from deme_diffusion.merging.search.checks import check_evaluations, check_search, reserved, shaping
+from deme_diffusion.merging.search.checks import check_evaluations, check_search, noise_warning, shaped_by_loss, shaping
 from deme_diffusion.merging.search.closed_form import least_squares, least_squares_weights
+from deme_diffusion.merging.search.costs import Cost, expected, needed, reserved, start_cost
 from deme_diffusion.merging.search.descent import gradient
 from deme_diffusion.merging.search.journal import Budget, Journal, best_so_far
 from deme_diffusion.merging.search.objective import (
@@ -31,6 +32,7 @@ __all__ = [
     "Array",
     "Budget",
     "Candidate",
+    "Cost",
     "Differentiable",
     "Given",
     "Journal",
@@ -47,14 +49,19 @@ __all__ = [
     "check_evaluations",
     "check_search",
     "cma_es",
+    "expected",
     "gradient",
     "grid",
     "least_squares",
     "least_squares_weights",
+    "needed",
+    "noise_warning",
     "proposed",
     "reserved",
     "score",
+    "shaped_by_loss",
     "shaping",
+    "start_cost",
     "tpe",
     "uniform_weights",
 ]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from deme_diffusion.config import MergeSettings
 from deme_diffusion.errors import UserError
-from deme_diffusion.merging.search.proposals import always
+from deme_diffusion.merging.search.costs import (
+    DERIVED,
+    SAMPLED,
+    asks_loss,
+    expected,
+    judges,
+    needed,
+    starts_at_least_squares,
+)
 from deme_diffusion.merging.search.sampled import check_package
+from deme_diffusion.merging.search.space import Space
+from deme_diffusion.merging.table import method as method_named
 
-DERIVED = ("least_squares", "gradient")
-"""Searches that need to know how the merged weights depend on w."""
-SAMPLED = ("cma_es", "tpe")
-"""Searches that go on until the budget."""
+FEW_IMAGES, FEW_CANDIDATES = 1000, 20
+"""Below so many images, and above so many candidates, the least FD found is that of the luckiest candidate."""
 _FORM = ("ridge", "gauss_newton_rounds", "bounds")
 _SHAPES = {
     "none": (),
@@ -25,11 +32,22 @@ _SHAPES = {
 }
 
 
-def shaping(settings: MergeSettings) -> dict[str, Any]:
+_FEWER = {
+    "grid": "use fewer grid_values",
+    "least_squares": "use fewer scales or gauss_newton_rounds",
+    "gradient": "use start=zero",
+    "cma_es": "use start=zero",
+    "tpe": "use start=zero",
+}
+
+
+def shaping(settings: MergeSettings, method: str = "task_arithmetic") -> dict[str, Any]:
     """The settings, other than their defaults, that shape what a search finds: for its stage's key."""
-    names = {"search", "num_images", "sampler", *_SHAPES[settings.search]}
-    if settings.start != "least_squares" and settings.search not in DERIVED[:1]:
+    names, space = {"search", "num_images", "sampler", *_SHAPES[settings.search]}, _space(1, settings, method)
+    if settings.search != "least_squares" and not starts_at_least_squares(space, settings):
         names -= {"ridge", "gauss_newton_rounds"}
+    if space.default is not None and settings.start != "zero":
+        names -= {"start"}  # the method's own weights, whatever it says
     if settings.search == "gradient":
         names |= {"gradient_steps", "gradient_learning_rate", "gradient_batch_size"}
     if settings.search in DERIVED:
@@ -39,44 +57,62 @@ def shaping(settings: MergeSettings) -> dict[str, Any]:
     return {key: value for key, value in settings.changed().items() if key in names}
 
 
-def reserved(num_experts: int, settings: MergeSettings) -> int:
-    """Evaluations by FD that every search ends with, beside those that it makes."""
-    judged = settings.objective != "fd" and settings.search not in (*DERIVED, "none")
-    return len(list(always(num_experts))) + (settings.finalists if judged else 0)
+def shaped_by_loss(settings: MergeSettings, method: str = "task_arithmetic") -> bool:
+    """Whether the settings of the fixed-noise loss shape what a search finds."""
+    return asks_loss(_space(1, settings, method), settings)
 
 
-def needed(num_experts: int, settings: MergeSettings) -> int:
-    """Evaluations of a search as far as they are known: those of one that goes on until the budget, at the least.
-
-    The closed form's N + 1 forward passes a point count only where further rounds of it follow.
-    """
-    rounds = settings.gauss_newton_rounds * (num_experts + 3)
-    rounds += num_experts + 1 if rounds else 0
-    own: dict[str, int] = {
-        "grid": len(settings.grid_values) ** num_experts,
-        "least_squares": len(settings.scales) + rounds,
-        "gradient": 5,
-        "cma_es": 1 + 4 + int(3 * math.log(max(2, num_experts))),
-        "tpe": 1,
-    }
-    return reserved(num_experts, settings) + own.get(settings.search, 0)
+def _space(num_experts: int, settings: MergeSettings, method: str, *, fixed: bool = False) -> Space:
+    return Space.of(method_named(method), num_experts, settings.bounds, fixed=fixed)
 
 
-def check_evaluations(num_experts: int, settings: MergeSettings) -> None:
-    """Raises UserError when a search would score more candidates than `max_evaluations`: known before any training."""
-    if (count := needed(num_experts, settings)) > settings.max_evaluations:
+def judged(num_experts: int, settings: MergeSettings) -> int:
+    """Candidates that FD judges, and chooses from, at most."""
+    space = Space(num_experts, settings.bounds)
+    if settings.search in SAMPLED and not judges(settings):
+        return settings.max_evaluations
+    return expected(space, settings).scored
+
+
+def noise_warning(num_experts: int, settings: MergeSettings) -> str | None:
+    """What to say of a search that chooses the least of many FDs on few images; None of others."""
+    if settings.search == "none" or settings.num_images >= FEW_IMAGES:
+        return None
+    if (count := judged(num_experts, settings)) <= FEW_CANDIDATES:
+        return None
+    return (
+        f"merge.num_images={settings.num_images}: FD on {settings.num_images} images follows the sampling noise, and "
+        f"merge.search={settings.search} chooses the least of up to {count}; use {FEW_IMAGES} images or more, or an "
+        "objective other than fd"
+    )
+
+
+def check_evaluations(space: Space, settings: MergeSettings) -> None:
+    """Raises UserError when a search needs more evaluations than `max_evaluations`: known before any training."""
+    if (count := needed(space, settings)) > settings.max_evaluations:
+        what = "candidates" if settings.search in ("none", "grid") else "evaluations"
+        fewer = f"{_FEWER[settings.search]}, or raise" if settings.search in _FEWER else "raise"
+        if settings.search in _FEWER and "start" in fewer and not starts_at_least_squares(space, settings):
+            fewer = "raise"
         raise UserError(
-            f"merge.search {settings.search}: {count} candidates for {num_experts} experts, more than "
-            f"merge.max_evaluations={settings.max_evaluations}; use fewer grid_values or scales, or raise the limit"
+            f"merge.search {settings.search}: {count} {what} for {space.num_experts} experts, more than "
+            f"merge.max_evaluations={settings.max_evaluations}; {fewer} the limit"
         )
 
 
-def check_search(num_experts: int, settings: MergeSettings, method: str = "task_arithmetic") -> None:
+def check_search(
+    num_experts: int, settings: MergeSettings, method: str = "task_arithmetic", *, fixed: bool = False
+) -> None:
     """Raises UserError for a search that cannot be made: its method, its package, its budget."""
     if settings.search in DERIVED and method != "task_arithmetic":
         raise UserError(
             f"merge.search {settings.search}: it needs derivatives, which are known for method task_arithmetic, not "
-            f"{method}; use cma_es, tpe or grid"
+            f"{method}; use cma_es, tpe or grid, or merge.search=none with merge.weights"
+        )
+    if settings.granularity != "model" and settings.search != "gradient":
+        raise UserError(
+            f"merge.granularity={settings.granularity}: merge.search={settings.search} has one weight an expert for "
+            "the whole model; use merge.search=gradient, or leave granularity out"
         )
     check_package(settings.search)
-    check_evaluations(num_experts, settings)
+    check_evaluations(_space(num_experts, settings, method, fixed=fixed), settings)

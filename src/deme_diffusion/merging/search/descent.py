@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from deme_diffusion.config import MergeSettings
-from deme_diffusion.merging.search.objective import Array, Candidate
+from deme_diffusion.errors import UserError
+from deme_diffusion.merging.search.costs import SAME_POINTS
+from deme_diffusion.merging.search.objective import Array, Candidate, value_of
 from deme_diffusion.merging.search.space import Space
 from deme_diffusion.merging.search.start import start
 
 log = logging.getLogger(__name__)
 BETAS = (0.8, 0.99)
 """Adam's: its memory is five steps, not ten, since a whole descent is a few dozen."""
-SAME_POINTS = 5
-"""Steps on one share of the points; then others are taken."""
 
 
 def gradient(loss: Any, space: Space, settings: MergeSettings) -> Iterator[Candidate]:
-    """Where the descent ends, and where it began if the loss on all points is no lower there; the better one first.
+    """Where the descent ends and where it began, the lower loss on all points first: FD may say otherwise.
 
     `loss` is Differentiable, Objective and Quadratic.
     """
@@ -32,27 +32,36 @@ def gradient(loss: Any, space: Space, settings: MergeSettings) -> Iterator[Candi
         log.info("gradient: the budget ends before its first step")
         yield begun
         return
-    before, rows = loss.gradient(begun.merge_weights)
+    try:
+        before, rows = loss.gradient(begun.merge_weights)
+    except UserError as error:
+        log.warning("gradient: it cannot begin at %s: %s", begun.weights, error)
+        yield begun
+        return
     ended = space.candidate(_descended(loss, space, settings, first, space.rows(rows)), "gradient")
-    after = float(loss.value(ended.merge_weights))
+    after = value_of(loss, ended)
     log.info("gradient: %.6g before, %.6g after", before, after)
-    yield from (ended,) if after < before else (begun, ended)
+    yield from (ended, begun) if after < before else (begun, ended)
 
 
 def _descended(loss: Any, space: Space, settings: MergeSettings, first: Array, slope: Array) -> Array:
     """Adam (Kingma and Ba 2015) with a cosine rate, on shares of the points, their noise taken out.
 
     The slope at `first` is known on all points. A step adds by how much its share's slope has changed since there, so
-    that only the curvature is left to the share (SVRG, Johnson and Zhang 2013).
+    that only the curvature is left to the share (SVRG, Johnson and Zhang 2013). It ends at the last point of a model.
     """
-    point, mean, square = first, np.zeros_like(first), np.zeros_like(first)
+    last, point, mean, square = first, first, np.zeros_like(first), np.zeros_like(first)
     for step in range(settings.gradient_steps):
         share = step // SAME_POINTS
-        if not loss.affords(2 * loss.gradient_cost(share) + 1):
+        if not loss.affords((2 if step else 1) * loss.gradient_cost(share) + 1):  # the first one is at `first` itself
             log.info("gradient: the budget ends after %d of %d steps", step, settings.gradient_steps)
             break
-        now, then = (_slope(loss, space, at, share) for at in (point, first))
-        ahead = now - then + slope
+        try:
+            now, then = (_slope(loss, space, at, share) for at in (point, first))
+        except UserError as error:
+            log.warning("gradient: step %d of %d led to no model: %s", step, settings.gradient_steps, error)
+            return last
+        last, ahead = point, now - then + slope
         mean = BETAS[0] * mean + (1 - BETAS[0]) * ahead
         square = BETAS[1] * square + (1 - BETAS[1]) * ahead**2
         scale = np.sqrt(square / (1 - BETAS[1] ** (step + 1)))

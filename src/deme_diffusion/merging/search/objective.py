@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,7 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from deme_diffusion.errors import UserError
 from deme_diffusion.merging.selection import MergeWeights
+
+log = logging.getLogger(__name__)
 
 Vector = list[float]
 Array = npt.NDArray[np.float64]
@@ -63,16 +68,38 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A scored candidate."""
+    """A scored candidate; infinite, for a reason, where the weights make no model or no number comes of it."""
 
     weights: Vector
     source: str
     value: float
     rules: Rules = field(default_factory=dict)
+    reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"weights": self.weights, "source": self.source, "value": self.value, **_rules(self.rules)}
+        """For JSON; the value is null where it is no number, with the reason."""
+        value = self.value if math.isfinite(self.value) else None
+        why = {} if value is not None else {"reason": self.reason or f"its value is {self.value}"}
+        return {"weights": self.weights, "source": self.source, "value": value, **why, **_rules(self.rules)}
+
+
+def value_of(objective: Any, candidate: Candidate) -> float:
+    """The value; infinite for weights whose model is none, or is not a number."""
+    try:
+        value = float(objective.value(candidate.merge_weights))
+    except UserError as error:
+        log.info("%s %s cannot be used: %s", candidate.source, candidate.weights, error)
+        return math.inf
+    return value if math.isfinite(value) else math.inf
+
+
+def finite(answer: object) -> bool:
+    """Whether an objective's answer holds numbers only: a value, rows, or both by pattern."""
+    if isinstance(answer, dict):
+        return all(map(finite, answer.values()))
+    if isinstance(answer, list | tuple):
+        return all(map(finite, answer))
+    return isinstance(answer, int | float) and math.isfinite(answer)
 
 
 def _rules(rules: Rules) -> dict[str, Any]:

@@ -29,8 +29,15 @@ def always(num_experts: int) -> Iterator[Candidate]:
         yield Candidate([float(j == i) for j in range(num_experts)], f"one-hot {i}")
 
 
+def grid_values(settings: MergeSettings) -> Vector:
+    """What a weight takes in the grid: within the bounds, where there are any."""
+    return [float(value) for value in Space(1, settings.bounds).clip(np.array(settings.grid_values))]
+
+
 def grid(num_experts: int, settings: MergeSettings) -> Iterator[Candidate]:
     """Every combination of `grid_values`, as the paper searches."""
-    values = Space(1, settings.bounds).clip(np.array(settings.grid_values))
-    for point in itertools.product([float(value) for value in values], repeat=num_experts):
+    values = grid_values(settings)
+    if tuple(values) != settings.grid_values:
+        log.info("grid: merge.bounds=%s makes grid_values %s", list(settings.bounds or ()), values)
+    for point in itertools.product(values, repeat=num_experts):
         yield Candidate(list(point), "grid")

@@ -13,7 +13,7 @@ import numpy as np
 
 from deme_diffusion.config import MergeSettings
 from deme_diffusion.errors import UserError
-from deme_diffusion.merging.search.objective import Array, Candidate
+from deme_diffusion.merging.search.objective import Array, Candidate, value_of
 from deme_diffusion.merging.search.space import Space
 from deme_diffusion.merging.search.start import start
 from deme_diffusion.rng import seed_of
@@ -43,14 +43,15 @@ def cma_es(objective: Any, loss: Any, space: Space, settings: MergeSettings, see
         bounds=None if space.bounds is None else np.tile(space.bounds, (max(2, len(first)), 1)),
         seed=seed_of(seed, "cma_es") % 2**32,
     )
-    if objective.affords(1):
-        yield _first(objective, space, first, "cma_es")
+    begun = space.candidate(first, "cma_es")
+    if objective.affords(1) and value_of(objective, begun) < math.inf:
+        yield begun
     while objective.affords(optimizer.population_size) and not optimizer.should_stop():
         told: list[tuple[Array, float]] = []
         for _ in range(optimizer.population_size):
             point = optimizer.ask()
             candidate = space.candidate(point[: len(first)], "cma_es")
-            told.append((point, _value(objective, candidate)))
+            told.append((point, value_of(objective, candidate)))
             if told[-1][1] < math.inf:
                 yield candidate
         optimizer.tell(told)
@@ -69,33 +70,17 @@ def tpe(objective: Any, loss: Any, space: Space, settings: MergeSettings, seed: 
     own = seed_of(seed, "tpe") % 2**32
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=own, multivariate=True))
     study.enqueue_trial({f"w{i}": float(w) for i, w in enumerate(first)})
-    if objective.affords(1):
-        yield _first(objective, space, first, "tpe")
+    begun = space.candidate(first, "tpe")
+    if objective.affords(1) and value_of(objective, begun) < math.inf:
+        yield begun
     while objective.affords(1):
         trial = study.ask()
         point = np.array([trial.suggest_float(f"w{i}", *interval) for i, interval in enumerate(intervals)])
         candidate = space.candidate(point, "tpe")
-        value = _value(objective, candidate)
+        value = value_of(objective, candidate)
         study.tell(trial, min(value, 1e308))
         if value < math.inf:
             yield candidate
-
-
-def _first(objective: Any, space: Space, point: Array, source: str) -> Candidate:
-    """Where a search begins, asked before it looks further: what is wrong there is wrong."""
-    candidate = space.candidate(point, source)
-    objective.value(candidate.merge_weights)
-    return candidate
-
-
-def _value(objective: Any, candidate: Candidate) -> float:
-    """The value; infinite for weights whose model is none, or is not a number: unbounded searches look far out."""
-    try:
-        value = float(objective.value(candidate.merge_weights))
-    except UserError as error:
-        log.info("%s: %s", candidate.source, error)
-        return math.inf
-    return value if math.isfinite(value) else math.inf
 
 
 def _padded(point: Array) -> Array:
