@@ -158,7 +158,7 @@ def test_search_that_cannot_be_made_stops_the_graph(
 
 
 def test_settings_that_a_search_does_not_use_leave_its_key(store: Store, values: dict[str, Any]) -> None:
-    plain = {"grid_values": [0.0, 0.25, 0.5], "max_evaluations": 128, "gradient_steps": 30, "gradient_batch_size": 256}
+    plain = {"grid_values": [0.0, 0.25, 0.5], "max_evaluations": 128, "gradient_steps": 10, "gradient_batch_size": 256}
 
     def digest(**merge: Any) -> str:
         return stages_of(store, values, **{**plain, **merge})[1].digest

@@ -80,7 +80,9 @@ class MergeSettings(Settings):
     granularity: Literal["model", "block", "layer"] = Field(
         "model", description="gradient: what has weights of its own"
     )
-    gradient_steps: Positive = Field(30, description="gradient: steps of Adam")
+    gradient_steps: Positive = Field(
+        10, description="gradient: steps of Adam; layers with weights of their own want more"
+    )
     gradient_learning_rate: float = Field(
         0.1, gt=0.0, description="gradient: first step in a weight; falls as a cosine"
     )
