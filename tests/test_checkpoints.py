@@ -379,11 +379,12 @@ def stopped(tmp_path: Path, pipeline: Path, expert: Path) -> Callable[[signal.Si
     """End a merge into `out`, in a process of its own, by a signal in the middle."""
 
     def by(ending: signal.Signals) -> None:
-        context, (told, tells) = multiprocessing.get_context("fork"), multiprocessing.Pipe(duplex=False)
+        # Not forked: torch's threads of earlier tests would be missing there, and whoever waits for them hang.
+        context, (told, tells) = multiprocessing.get_context("spawn"), multiprocessing.Pipe(duplex=False)
         arguments = (pipeline, [expert], tmp_path / "out")
         process = context.Process(target=merge, args=arguments, kwargs={"observe": Waits(tells)})
         process.start()
-        assert told.poll(30)
+        assert told.poll(120)
         os.kill(told.recv(), ending)
         process.join(30)
         assert process.exitcode not in (0, None)
