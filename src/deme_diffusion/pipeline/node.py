@@ -20,7 +20,7 @@ VERSIONS: dict[StageName, int] = {
     "extractor": 1,
     "decouple": 1,
     "fisher": 1,
-    "search": 1,
+    "search": 2,  # the value of the base beside
     "merge": 2,  # merge.json beside the model
     "sample": 1,
     "features": 2,  # logits too; the statistics of real images beside
