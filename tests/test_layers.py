@@ -31,17 +31,39 @@ MAY_IMPORT = {
     "report": ["errors", "files", "config", "artefacts"],
     "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report"],
     "doctor": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
-    "cli": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline", "doctor"],
+    "ablate": [*BELOW_SIBLINGS, "merging", "evaluation", "report", "pipeline"],
+    "planner": [*BELOW_DATA, "report", "pipeline", "ablate"],
+    "cli": [
+        *BELOW_SIBLINGS,
+        "decoupling",
+        "merging",
+        "evaluation",
+        "report",
+        "pipeline",
+        "doctor",
+        "ablate",
+        "planner",
+    ],
 }
 MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
 TORCH_FREE += ["weight_files", "merging.checkpoints"]
 TORCH_FREE += ["digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
-TORCH_FREE += ["report", "cli", "api", "__init__", "__main__", "evaluation.samplers", "evaluation.export"]
+TORCH_FREE += [
+    "ablate",
+    "planner",
+    "report",
+    "cli",
+    "api",
+    "__init__",
+    "__main__",
+    "evaluation.samplers",
+    "evaluation.export",
+]
 TORCH_FREE += [
     f"pipeline.{name}"
-    for name in ("graph", "node", "inputs", "estimate", "run", "table", "engine", "sampling", "__init__")
+    for name in ("graph", "models", "node", "inputs", "estimate", "run", "table", "engine", "sampling", "__init__")
 ]
 HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

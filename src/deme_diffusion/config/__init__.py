@@ -6,7 +6,14 @@ value, so an ablation is one override.
 
 from deme_diffusion.config.base import Settings
 from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, LossSettings, SamplerSettings
-from deme_diffusion.config.inputs import AugmentSettings, DataSettings, ModelSettings, ScheduleSettings, UNetSettings
+from deme_diffusion.config.inputs import (
+    AugmentSettings,
+    DataSettings,
+    ModelSettings,
+    ScheduleSettings,
+    SimilaritySettings,
+    UNetSettings,
+)
 from deme_diffusion.config.merging import MergeSettings, MethodName, MethodOptions
 from deme_diffusion.config.recipe import Recipe, RuntimeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, TrainSettings
@@ -28,6 +35,7 @@ __all__ = [
     "SamplerSettings",
     "ScheduleSettings",
     "Settings",
+    "SimilaritySettings",
     "TrainSettings",
     "UNetSettings",
 ]

@@ -72,6 +72,9 @@ class EvaluateSettings(Settings):
     num_images: Positive = 10_000
     sampling_seeds: Positive = Field(1, description="sets of images a model; seeds differ between training seeds")
     loss: LossSettings = LossSettings()
+    loss_ranges: Positive | None = Field(
+        None, description="equal ranges that the loss is told by; null: those that the experts serve"
+    )
     neighbours: Positive = Field(3, description="k of precision and recall")
     density_neighbours: Positive = Field(5, description="k of density and coverage")
     reference_statistics: str | None = Field(

@@ -68,6 +68,15 @@ class DataSettings(Settings):
         return self
 
 
+class SimilaritySettings(Settings):
+    """Gradient similarity between timesteps (Fig. 1a): cosines of the pretrained model's gradients over K bins."""
+
+    bins: Positive = Field(20, description="K: [0,T) in as many equal bins")
+    num_images: Positive = Field(256, description="images of the train split that each bin's gradient is taken on")
+    sketch: Positive = Field(4096, description="dimensions that gradients are projected to, by seeded random signs")
+    seed: int = 0
+
+
 class UNetSettings(Settings):
     """Architecture of a base trained from scratch: arguments of diffusers' `UNet2DModel`."""
 

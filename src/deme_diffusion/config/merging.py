@@ -52,6 +52,10 @@ class MergeSettings(Settings):
     method: Literal[MethodName, "none"] = "task_arithmetic"
     options: MethodOptions = MethodOptions()
     weights: tuple[float, ...] | None = Field(None, description="given weights, one an expert; needs search=none")
+    weighting: Literal["uniform", "snr"] = Field(
+        "uniform",
+        description="search=none and no weights: the method's own default, or by each range's share of min(SNR, 5)",
+    )
     weights_for: dict[str, tuple[float, ...]] = Field(
         {}, description="other weights for the parameters that match a pattern, as down_blocks.*; the last match wins"
     )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from deme_diffusion.config.base import NonNegative, Positive, Settings
 from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings
-from deme_diffusion.config.inputs import DataSettings, ModelSettings
+from deme_diffusion.config.inputs import DataSettings, ModelSettings, SimilaritySettings
 from deme_diffusion.config.merging import MergeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
 
@@ -49,6 +49,7 @@ class Recipe(Settings):
     data: DataSettings = DataSettings()
     pretrain: PretrainSettings = PretrainSettings()
     extractor: ExtractorSettings = ExtractorSettings(pretrained=DIGITS_CNN)
+    similarity: SimilaritySettings = SimilaritySettings()
     decouple: DecoupleSettings = DecoupleSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -30,6 +30,13 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     allow_tf32: bool = Field(False, description="TF32 matrix products and convolutions on a GPU; false: in float32")
     snr_gamma: float | None = Field(None, gt=0.0, description="Min-SNR loss weighting (Hang et al. 2023); null is off")
+    loss_weighting: Literal["none", "snr_plus_one", "truncated_snr", "min_snr", "p2"] = Field(
+        "none",
+        description="weight of each timestep's loss: SNR + 1 and max(SNR, 1) (Salimans and Ho 2022), Min-SNR (gamma: "
+        "snr_gamma, or 5), P2 (Choi et al. 2022); snr_gamma alone is min_snr",
+    )
+    p2_gamma: float = Field(1.0, ge=0.0, description="loss_weighting=p2: the exponent")
+    p2_k: float = Field(1.0, gt=0.0, description="loss_weighting=p2: what is added to the SNR")
     use_ema: bool = True
     ema_inv_gamma: float = Field(1.0, gt=0.0)
     ema_power: float = Field(0.75, gt=0.0)
@@ -37,6 +44,12 @@ class TrainSettings(Settings):
     validation_steps: Positive = Field(500, description="steps between fixed-noise losses on the search split")
     keep: Literal["best", "last"] = Field("last", description="which weights the artefact holds, by validation loss")
     early_stopping: NonNegative = Field(0, description="validations without a better loss before stopping; 0 is off")
+
+    @model_validator(mode="after")
+    def _one_weighting(self) -> Self:
+        if self.snr_gamma is not None and self.loss_weighting not in ("none", "min_snr"):
+            raise ValueError(f"snr_gamma is of min_snr, not of loss_weighting={self.loss_weighting}; leave one out")
+        return self
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -56,7 +69,20 @@ class DecoupleSettings(TrainSettings):
     """N experts (Sec. 3.1, 3.2). `total_steps` is the whole budget, split evenly over the experts."""
 
     num_ranges: Positive = 4
-    division: Literal["uniform"] = "uniform"
+    division: Literal[
+        "uniform", "overlapping", "random_boundaries", "random_assignment", "log_snr", "gradient_similarity", "explicit"
+    ] = Field("uniform", description="how [0,T) is cut into subsets; where ranges overlap, the nearest centre serves")
+    overlap: Probability = Field(
+        0.25, description="division=overlapping: how far a range reaches into each neighbour, as a share of its width"
+    )
+    division_seed: NonNegative = Field(0, description="of the divisions random_boundaries and random_assignment")
+    edges: tuple[Positive, ...] | None = Field(
+        None, description="division=explicit: the N - 1 timesteps at which a new range begins, ascending"
+    )
+    similarity_file: str | None = Field(
+        None,
+        description="division=gradient_similarity: a T x T or K x K matrix (.npz, .npy, .json); null: computed first",
+    )
     global_prob: Probability = Field(0.3, description="the paper's p (Eq. 6): share of timesteps from all of [0,T)")
     timestep_sampling: Literal["per_sample", "per_batch"] = Field(
         "per_sample", description="a coin of global_prob for each sample, or, as the public script, for each batch"
@@ -73,6 +99,22 @@ class DecoupleSettings(TrainSettings):
     projection: Literal["none", "residual", "block"] = Field(
         "residual", description="after what always folds; after every block as in the paper; none"
     )
+    projection_axes: Literal["channel", "spatial", "both"] = Field(
+        "channel", description="spatial: a depthwise 3x3 convolution, identity at start, which never folds"
+    )
+    init: Literal["pretrained", "ema", "partly_random", "random"] = Field(
+        "pretrained",
+        description="what a training starts from; ema: the average beside the base, in <component>_ema",
+    )
+    init_random_share: Probability = Field(0.5, description="init=partly_random: share of layers made anew")
+    multi_task: Literal["none", "uncertainty", "nash"] = Field(
+        "none",
+        description="how one model on all timesteps weighs the losses of timestep clusters: by uncertainty (Kendall "
+        "et al. 2018) or NashMTL (Navon et al. 2022), as in ANT (Go et al. 2023); needs num_ranges=1",
+    )
+    multi_task_clusters: Positive = 5
+    multi_task_division: Literal["uniform", "log_snr"] = Field("uniform", description="how the clusters are cut")
+    multi_task_update_steps: Positive = Field(25, description="multi_task=nash: steps between its weights' renewals")
     total_steps: Positive = 80_000
     range_steps: tuple[Positive, ...] | None = Field(None, description="steps of each expert instead of an even split")
     range_learning_rates: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
@@ -85,6 +127,21 @@ class DecoupleSettings(TrainSettings):
                 raise ValueError(f"{name} has {len(values)} values for num_ranges={self.num_ranges}")
         if self.range_steps is None and self.total_steps < self.num_ranges:
             raise ValueError(f"total_steps={self.total_steps} leaves no step for each of {self.num_ranges} experts")
+        return self
+
+    @model_validator(mode="after")
+    def _division_is_said(self) -> Self:
+        if (self.division == "explicit") != (self.edges is not None):
+            raise ValueError("edges and division=explicit go together; give both, or neither")
+        if self.edges is not None:
+            if len(self.edges) != self.num_ranges - 1:
+                raise ValueError(
+                    f"edges: {len(self.edges)} inner ones for num_ranges={self.num_ranges}; N - 1 are needed"
+                )
+            if list(self.edges) != sorted(set(self.edges)):
+                raise ValueError(f"edges: {list(self.edges)} must ascend")
+        if self.multi_task != "none" and self.num_ranges != 1:
+            raise ValueError(f"multi_task={self.multi_task} is for one model: num_ranges=1, not {self.num_ranges}")
         return self
 
     @model_validator(mode="after")

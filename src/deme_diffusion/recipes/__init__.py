@@ -50,6 +50,14 @@ def load(reference: str, overrides: Iterable[str] = (), *, as_it_stands: bool = 
     return Loaded(parse(values, where=str(reference)), changes, folder)
 
 
+def changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings changed, config path -> value. Raises UserError as `load` does."""
+    values = recipe.model_dump(mode="json")
+    for dotted, value in change.items():
+        _set(values, dotted, value)
+    return parse(values, where=", ".join(f"{key}={value}" for key, value in change.items()))
+
+
 def defaults(overrides: Iterable[str] = ()) -> Recipe:
     """Every setting at its default, but for KEY=VALUE overrides."""
     values: dict[str, Any] = {}

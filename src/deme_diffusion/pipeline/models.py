@@ -1,0 +1,166 @@
+"""The stages that make models: data, base, extractor, trainings, searches, merges; each by its digest. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deme_diffusion.config import MergeSettings, Recipe, TrainSettings
+from deme_diffusion.division import DIVISIONS, Division, Runs, name_of
+from deme_diffusion.merging.search import check_search, shaped_by_loss, shaping
+from deme_diffusion.pipeline import extractors, images, merges
+from deme_diffusion.pipeline.inputs import Input, check_unseen, component_of, resolve, timesteps_of
+from deme_diffusion.pipeline.node import Node, Vertices
+
+SPLITTING = ("num_ranges", "division", "overlap", "division_seed", "edges", "similarity_file", "total_steps",
+             "range_steps", "range_learning_rates", "learning_rate")  # fmt: skip
+"""Settings of `decouple` that a training knows as its subset, steps and learning rate."""
+
+
+class Models(Vertices):
+    """What a recipe makes models by. Which of them there are, and how they are measured, is the graph's."""
+
+    recipe: Recipe
+    source: Input
+    images: str
+    data: Node | Input
+    base: Node | Input
+    extractor: Node | Input
+    division: Division
+    experts: dict[int, list[Node]]
+    searches: dict[int, Node]
+
+    def _covered(self, settings: Mapping[str, Any], parents: Mapping[str, Node | Input]) -> Mapping[str, Any]:
+        """What a key covers: of a stage that looks at images, also how it sees them."""
+        seen = images.seen(self.recipe.data) if "data" in parents else {}
+        return {**settings, "data": seen} if seen else settings
+
+    def _data(self) -> Node | Input:
+        """The embedded images as they are; all others are indexed first."""
+        settings = self.recipe.data
+        if settings.source == "digits":
+            return self.source
+        label = f"index of {self.source.label}"
+        return self._add("data", label, images.indexed(settings), {"source": self.source}, None)
+
+    def _base(self, download: bool) -> Node | Input:
+        model, settings = self.recipe.model, self.recipe.pretrain
+        if model.pretrained is not None:
+            key, needs = "model.pretrained", ("model_index.json",)
+            base = resolve(model.pretrained, model.revision, key=key, needs=needs, download=download)
+            if base.path is not None:
+                component_of(base.path)
+            check_unseen(base, self.recipe.data, self.images, key=key)
+            return base
+        covered = settings.changed() | _validated(self.recipe, settings)
+        parents = {"data": self.data}
+        return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
+
+    def _extractor(self, download: bool) -> Node | Input:
+        if found := extractors.given(self.recipe.extractor, download=download):
+            check_unseen(found, self.recipe.data, self.images, key=extractors.KEY)
+            return found
+        covered = {k: v for k, v in self.recipe.extractor.changed().items() if k != "pretrained"}
+        return self._add("extractor", "extractor", covered, {"data": self.data}, self.recipe.seeds[0])
+
+    def _decouple(self, label: str, subset: Runs, steps: int, learning_rate: float, seed: int, copy: int = 0) -> Node:
+        """A training by what shapes it: its subset, steps and rate; not its index nor the division's name."""
+        settings = self.recipe.decouple
+        covered = {k: v for k, v in settings.changed().items() if k not in SPLITTING}
+        covered |= {"subset": subset, "steps": steps, "learning_rate": learning_rate}
+        covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
+        arguments = {"subset": subset, "steps": steps, "learning_rate": learning_rate, "copy": copy}
+        parents = {"base": self.base, "data": self.data}
+        return self._add("decouple", self._named(label, seed), covered, parents, seed, arguments=arguments, steps=steps)
+
+    def _rate(self, index: int) -> float:
+        rates = self.recipe.decouple.range_learning_rates
+        return self.recipe.decouple.learning_rate if rates is None else rates[index]
+
+    def _search(
+        self, label: str, experts: Sequence[Node], seed: int, settings: MergeSettings, how: merges.HowToMerge
+    ) -> Node:
+        loss = self.recipe.evaluate.loss.changed()
+        covered = shaping(settings, how.method.name) | how.model
+        covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
+        covered |= {"ranges": served_ranges(self.division)}
+        parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
+        parents |= self.informed(how, experts, seed)
+        label = self._named(f"{label} weights", seed)
+        return self._add("search", label, covered, parents, seed, arguments={"experts": len(experts), "how": how})
+
+    def _merge(
+        self, label: str, experts: Sequence[Node], seed: int, weights: Sequence[float] | Node, how: merges.HowToMerge
+    ) -> Node:
+        parents = {"base": self.base, **_numbered(experts), **self.informed(how, experts, seed)}
+        covered = how.covered
+        if isinstance(weights, Node):
+            parents["search"] = weights
+        else:
+            covered["weights"] = [float(w) for w in weights]
+        arguments = {"experts": len(experts), "how": how}
+        return self._add("merge", self._named(label, seed), covered, parents, None, arguments=arguments)
+
+    def informed(self, how: merges.HowToMerge, experts: Sequence[Node], seed: int) -> dict[str, Node | Input]:
+        """Parents of a merge whose method needs the Fisher information of every expert; else none."""
+        if not how.method.fisher:
+            return {}
+        return {f"fisher {i}": self.fisher(expert, seed) for i, expert in enumerate(experts)}
+
+    def fisher(self, expert: Node, seed: int) -> Node:
+        """The diagonal Fisher information of one training, on its own timesteps: made where somebody asks."""
+        merge = self.recipe.merge
+        covered = {key: value for key, value in merge.changed().items() if key == "fisher_samples"}
+        arguments = {"subset": expert.arguments["subset"], "samples": merge.fisher_samples}
+        parents = {"expert": expert, "data": self.data}
+        return self._add("fisher", f"Fisher of {expert.label}", covered, parents, seed, arguments=arguments)
+
+    def fishers(self) -> list[Node]:
+        """The Fisher information of all experts; where no merge needs it, the stages come into the graph here."""
+        return [self.fisher(expert, seed) for seed, experts in self.experts.items() for expert in experts]
+
+    def _named(self, label: str, seed: int) -> str:
+        return label if len(self.recipe.seeds) == 1 else f"{label} (seed {seed})"
+
+    def _expert(self, index: int, seed: int) -> Node:
+        subset = self.division.subset(index)
+        label = f"expert {index} {name_of(subset)}"
+        return self._decouple(label, subset, self.recipe.decouple.steps_of(index), self._rate(index), seed)
+
+    def _searched(self, label: str, experts: Sequence[Node], seed: int) -> Node:
+        """Merged as the recipe says, by weights that are given, its method's default, or found by its search.
+
+        A control of one training has one task vector, which it scales, whatever the method (`merges.how`).
+        """
+        merge = self.recipe.merge
+        how = merges.how(merge, len(experts), alone=label == "all-timesteps-searched")
+        if merge.search == "none":
+            given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
+            return self._merge(label, experts, seed, given or how.method.default_weights(len(experts)), how)
+        check_search(len(experts), merge, how.method.name, fixed=how.fixed)
+        search = self._search(label, experts, seed, merge, how)
+        if label == "merged":
+            self.searches[seed] = search
+        return self._merge(label, experts, seed, search, how)
+
+
+def make_division(recipe: Recipe, base: Node | Input) -> Division:
+    """The recipe's division of the base's timesteps. Raises UserError when N does not fit into T."""
+    scheduler = recipe.pretrain.scheduler
+    timesteps = scheduler.num_train_timesteps if isinstance(base, Node) else timesteps_of(base)
+    return DIVISIONS[recipe.decouple.division](recipe.decouple.num_ranges, timesteps)
+
+
+def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:
+    """The validation loss shapes a result only where it picks the weights or stops the training."""
+    loss = recipe.evaluate.loss.changed()
+    return {"loss": loss} if loss and (settings.keep == "best" or settings.early_stopping) else {}
+
+
+def served_ranges(division: Division) -> list[Runs]:
+    """The timesteps that each expert serves."""
+    return [division.served(i) for i in range(division.num_experts)]
+
+
+def _numbered(experts: Sequence[Node]) -> dict[str, Node | Input]:
+    return {f"expert {i}": expert for i, expert in enumerate(experts)}
