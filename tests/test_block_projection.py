@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import make_pico_denoiser
 from deme_diffusion import attach_projection
-from deme_diffusion.division import DIVISIONS
+from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
 from deme_diffusion.models import projection
 from deme_diffusion.models.ensemble import RoutedEnsemble
@@ -365,7 +365,7 @@ def test_an_ensemble_of_projected_experts_answers_as_they_do_and_counts_their_ma
     def expert() -> nn.Module:
         return attach_projection(unconditional("attention", torch.float32), saved)
 
-    ensemble = RoutedEnsemble([expert, expert], DIVISIONS["uniform"](2, 20), lambda t: t.long(), resident=1).double()
+    ensemble = RoutedEnsemble([expert, expert], uniform(2, 20), lambda t: t.long(), resident=1).double()
     alone = answer(expert().double(), "attention")
     assert (answer(ensemble, "attention") - alone).abs().max() < 1e-12
     sizes = [matrix.numel() for matrix in ensemble.buffers() if matrix.is_floating_point()]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme_diffusion.division import DIVISIONS, Division, from_runs, name_of, owners, reported, to_runs, uniform, whole
+from deme_diffusion.division import Division, from_runs, name_of, owners, reported, to_runs, uniform, whole
 from deme_diffusion.errors import UserError
 
 SUBSETS = st.sets(st.integers(0, 60)).map(lambda chosen: np.array(sorted(chosen), dtype=np.int64))
@@ -49,7 +49,7 @@ def test_uniform_routes_timestep_t_to_expert_floor_t_n_over_t(sizes: tuple[int, 
 
 
 def test_four_ranges_of_a_thousand_are_the_quarters() -> None:
-    division = DIVISIONS["uniform"](4, 1000)
+    division = uniform(4, 1000)
     assert [division.subset(i) for i in range(4)] == [[[0, 250]], [[250, 500]], [[500, 750]], [[750, 1000]]]
     assert division.as_dict() == {
         "num_train_timesteps": 1000,

@@ -272,6 +272,21 @@ def test_latency_is_per_step_and_positive(pico_denoiser: DDPM, monkeypatch: pyte
     assert (median, spread) == (250.0, 0.0)
 
 
+def test_load_time_is_of_all_that_is_served_after_one_load_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, loaded = [0.0], list[int]()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def load(expert: int) -> torch.nn.Module:
+        rounds = loaded.count(expert)
+        loaded.append(expert)
+        now[0] += 100.0 if rounds == 0 else 0.1 * rounds  # seconds; the files are read from the disk only once
+        return torch.nn.Linear(2, 2)
+
+    median, spread = cost.load_time([lambda: load(0), lambda: load(1)])
+    assert loaded == [0, 1] * (1 + cost.LOADS)
+    assert (median, spread) == pytest.approx((400.0, 200.0))  # of 200, 400 and 600 ms
+
+
 def test_disk_counts_the_weight_files_of_all_that_is_served(tmp_path: Path) -> None:
     folders = [tmp_path / str(i) for i in range(4)]
     for folder in folders:

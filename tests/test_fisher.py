@@ -15,7 +15,7 @@ from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.evaluation import fisher
 from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
-from deme_diffusion.models.placement import shapes_of, width
+from deme_diffusion.models.placement import shape_of, shapes_of
 from deme_diffusion.models.projection import Projected
 from deme_diffusion.pipeline import needs
 from deme_diffusion.pipeline.graph import Graph
@@ -34,11 +34,8 @@ def doubled(denoiser: DDPM) -> DDPM:
 def matrices_of(module: nn.Module, places: list[str]) -> State:
     shapes = shapes_of(module)
     generator = torch.Generator().manual_seed(1)
-    sizes = [width(place, shapes) or 0 for place in places]
-    return {
-        place: 0.1 * torch.randn(c, c, dtype=torch.float64, generator=generator)
-        for place, c in zip(places, sizes, strict=True)
-    }
+    sizes = {name: shape_of(name, shapes) or () for name in places}
+    return {name: 0.1 * torch.randn(size, dtype=torch.float64, generator=generator) for name, size in sizes.items()}
 
 
 def loop(denoiser: DDPM, student: nn.Module, split: Split, samples: int) -> dict[str, torch.Tensor]:
@@ -55,14 +52,14 @@ def loop(denoiser: DDPM, student: nn.Module, split: Split, samples: int) -> dict
     return {name: value / samples for name, value in total.items()}
 
 
-@pytest.mark.parametrize("placement", ["none", "residual", "block"])
+@pytest.mark.parametrize("placement", ["none", "residual", "block", "residual both", "block spatial"])
 def test_squared_gradients_are_those_of_a_loop_over_samples(
     placement: str, digits: dict[SplitName, Split], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of D, at the expert's D on its unfolded weights: as `Projected`, in which it was trained, differentiates."""
     denoiser, split = doubled(make_pico_denoiser()), digits["train"]
     monkeypatch.setattr(denoiser, "noised", in_double(denoiser.noised))
-    trained = Projected(make_pico_denoiser().module.double(), placement)
+    trained = Projected(make_pico_denoiser().module.double(), *placement.split())
     matrices = matrices_of(denoiser.module, trained.projection.places)
     for matrix, value in zip(trained.projection.matrices, matrices.values(), strict=True):
         matrix.data.copy_(value)

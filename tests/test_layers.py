@@ -8,7 +8,7 @@ import deme_diffusion
 
 ROOT = Path(deme_diffusion.__file__).parent
 BELOW_DATA = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance"]
-BELOW_DATA += ["artefacts", "digests", "weight_files", "weights"]
+BELOW_DATA += ["artefacts", "digests", "weight_files", "weights", "schedule", "divisions", "similarity_file"]
 BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
 MAY_IMPORT = {
     "errors": [],
@@ -18,6 +18,9 @@ MAY_IMPORT = {
     "recipes": ["errors", "processes", "config"],
     "rng": ["errors", "files"],
     "division": ["errors", "files"],
+    "schedule": ["errors"],
+    "divisions": ["errors", "files", "config", "rng", "division"],
+    "similarity_file": ["errors", "files", "division", "divisions"],
     "provenance": ["files"],
     "artefacts": ["errors", "files", "config", "rng", "division", "provenance"],
     "digests": ["errors", "files", "artefacts"],
@@ -28,8 +31,9 @@ MAY_IMPORT = {
     "decoupling": BELOW_SIBLINGS,
     "merging": [*BELOW_DATA, "data", "models.projection", "models.placement"],
     "evaluation": BELOW_SIBLINGS,
+    "analysis": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation"],
     "report": ["errors", "files", "config", "artefacts"],
-    "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report"],
+    "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "analysis", "report"],
     "doctor": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
     "ablate": [*BELOW_SIBLINGS, "merging", "evaluation", "report", "pipeline"],
     "planner": [*BELOW_DATA, "report", "pipeline", "ablate"],
@@ -48,7 +52,7 @@ MAY_IMPORT = {
 MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
-TORCH_FREE += ["weight_files", "merging.checkpoints"]
+TORCH_FREE += ["weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
 TORCH_FREE += ["digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
 TORCH_FREE += [
     "ablate",
@@ -63,7 +67,7 @@ TORCH_FREE += [
 ]
 TORCH_FREE += [
     f"pipeline.{name}"
-    for name in ("graph", "models", "node", "inputs", "estimate", "run", "table", "engine", "sampling", "__init__")
+    for name in ("graph", "models", "dividing", "node", "inputs", "estimate", "run", "table", "engine", "workers", "sampling", "__init__")
 ]
 HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

@@ -19,7 +19,8 @@ from deme_diffusion.decoupling.timesteps import draw_timesteps
 from deme_diffusion.division import Runs, from_runs, reported, uniform, whole
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Noised
-from deme_diffusion.models.objective import FixedNoise, consistency_loss, denoising_loss, min_snr_weights
+from deme_diffusion.models.objective import FixedNoise, consistency_loss, denoising_loss
+from deme_diffusion.models.weighting import min_snr_weights
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -531,7 +531,7 @@ def test_fences_and_subset_names() -> None:
     assert subset_names([[[0, 250]], [[0, 1], [3, 4]], [[0, 1], [2, 3], [4, 6]]]) == [
         "[0,250)",
         "[0,1)+[3,4)",
-        "4 timesteps in 3 ranges",
+        "#2 4 timesteps in 3 ranges",
     ]
 
 

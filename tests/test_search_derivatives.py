@@ -23,7 +23,7 @@ from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Condition
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.models.placement import PLACEMENTS, shapes_of, width
+from deme_diffusion.models.placement import projections, shape_of, shapes_of
 from deme_diffusion.weights import State
 
 N, AT = 2, [0.4, -0.3]
@@ -61,9 +61,9 @@ class Toy:
             for key, value in module.state_dict().items()
         }
         path, shapes = component(folder, state), shapes_of(module)
-        places = PLACEMENTS[placement](module)[seed:]  # the first expert alone has the first
-        sizes = {place: width(place, shapes) or 0 for place in places}
-        matrices = {p: 0.05 * torch.randn(c, c, generator=random, dtype=torch.float64) for p, c in sizes.items()}
+        names = projections(module, *placement.split())[seed:]  # the first expert alone has the first
+        sizes = {name: shape_of(name, shapes) or () for name in names}
+        matrices = {n: 0.05 * torch.randn(size, generator=random, dtype=torch.float64) for n, size in sizes.items()}
         projection.save(path, matrices)
         return path
 
@@ -90,7 +90,7 @@ def moved(weights: Sequence[float], i: int, h: float) -> list[float]:
     return [w + h * (i == j) for j, w in enumerate(weights)]
 
 
-@pytest.mark.parametrize("toy", ["none", "residual", "block"], indirect=True)
+@pytest.mark.parametrize("toy", ["none", "residual", "block", "residual both", "block both"], indirect=True)
 @pytest.mark.parametrize("relative, at", [(False, AT), (True, AT), (False, [0.0, 0.0])])
 def test_gradient_is_that_of_the_loss(toy: Toy, relative: bool, at: list[float]) -> None:
     objective = toy.objective(relative=relative)
@@ -103,7 +103,7 @@ def test_gradient_is_that_of_the_loss(toy: Toy, relative: bool, at: list[float])
         assert objective.value([0.0, 0.0]) == pytest.approx(1.0, rel=1e-12)
 
 
-@pytest.mark.parametrize("toy", ["residual", "block"], indirect=True)
+@pytest.mark.parametrize("toy", ["residual", "block", "residual both"], indirect=True)
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_gradient_by_group_is_that_of_the_loss_and_its_sum_the_whole_models(toy: Toy, granularity: str) -> None:
     objective = toy.objective()

@@ -100,8 +100,8 @@ def decouple(recipe: Reference, *overrides: str, out: Reference | None = None) -
     from deme_diffusion.division import name_of
 
     whole = _opened(recipe, overrides, out)
+    whole.execute(lambda graph: [node for nodes in graph.experts.values() for node in nodes])
     experts = [(seed, i, node) for seed, nodes in whole.graph.experts.items() for i, node in enumerate(nodes)]
-    whole.execute([node for _, _, node in experts])
     subset = whole.graph.division.subset
     return [Expert(seed, i, name_of(subset(i)), whole.store.folder(node.key)) for seed, i, node in experts]
 
@@ -117,7 +117,7 @@ def merge(recipe: Reference, *overrides: str, out: Reference | None = None) -> l
     whole = _opened(recipe, overrides, out)
     if not whole.graph.merged:
         raise UserError("merge.method: none, so there is nothing to merge; leave it out, or serve the ensemble")
-    whole.execute(list(whole.graph.merged.values()))
+    whole.execute(lambda graph: list(graph.merged.values()))
     results = []
     for seed, node in whole.graph.merged.items():
         artefact = whole.store.find(node.key)
@@ -189,7 +189,7 @@ def evaluate(recipe: Reference, *overrides: str, out: Reference | None = None) -
     Raises: UserError, MachineError, Interrupted.
     """
     whole = _opened(recipe, overrides, out)
-    whole.execute([*whole.graph.of_stage("evaluate"), whole.graph.cost])
+    whole.execute(lambda graph: [*graph.of_stage("evaluate"), graph.cost])
     return whole.report()[0]
 
 
@@ -221,6 +221,7 @@ def sample(
 
     whole = _opened(recipe, overrides, out)
     choice = sampling.SamplerChoice(sampler, num_inference_steps, eta, timestep_spacing)
+    whole.settle(sampling.stages_of(sampling.model_named(whole.graph, model)))
     served = sampling.model_named(whole.graph, model)
     one = sampling.of_run(whole, served, choice, None if images is None else Path(images), format)
     return one.make(check_seeds(seeds), grid=grid)
@@ -229,8 +230,8 @@ def sample(
 def attach_projection(component: nn.Module, folder: str | Path) -> nn.Module:
     """Make the projections saved in a pipeline's or a component's folder act on the loaded component, and return it.
 
-    Only models merged with `decouple.projection=block` have any. Raises UserError where the folder has none, they do
-    not fit the component, or some are attached already.
+    Only models merged with `decouple.projection=block`, or with `projection_axes` other than channel, have any. Raises
+    UserError where the folder has none, they do not fit the component, or some are attached already.
     """
     from deme_diffusion.models.projection import attach_projection as attach
 

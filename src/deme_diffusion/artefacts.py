@@ -249,7 +249,7 @@ def _empty(folder: Path) -> None:
 
 
 def referenced(runs_root: Path) -> set[tuple[str, str]]:
-    """The (stage, digest) that the runs' run.json name; UserError where a run does not tell."""
+    """The (stage, digest) that the run.json of runs and their experiments name; UserError where a run does not tell."""
     if not runs_root.is_dir():
         raise UserError(f"{runs_root} is not a folder of runs")
     found: set[tuple[str, str]] = set()
@@ -257,13 +257,19 @@ def referenced(runs_root: Path) -> set[tuple[str, str]]:
         # A link that leads nowhere may be a run on a disk that is not mounted, so it is not passed over.
         if run.name == "store" or run.name.startswith(".") or run.is_file():
             continue
-        try:
-            stages = json.loads((run / "run.json").read_bytes())["stages"]
-            found.update((str(stage["stage"]), str(stage["digest"])) for stage in stages)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"cannot read {run / 'run.json'} ({type(error).__name__}), so what this run needs is unknown"
-            raise UserError(f"{why}; mend it or move the folder away") from error
+        experiments = [folder for folder in run.glob("ablations/*") if not folder.is_file()]
+        arms = [file.parent for file in run.glob("ablations/*/arms/*/run.json")]  # that were run by themselves as well
+        for folder in (run, *experiments, *arms):
+            found |= _named_in(folder / "run.json")
     return found
+
+
+def _named_in(file: Path) -> set[tuple[str, str]]:
+    try:
+        return {(str(stage["stage"]), str(stage["digest"])) for stage in json.loads(file.read_bytes())["stages"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"cannot read {file} ({type(error).__name__}), so what this run needs is unknown"
+        raise UserError(f"{why}; mend it or move the folder away") from error
 
 
 def clean(store: Store, keep: set[tuple[str, str]], dry_run: bool) -> list[tuple[Path, int]]:

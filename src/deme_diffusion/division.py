@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,20 +59,18 @@ class Division:
         return {"num_train_timesteps": self.num_timesteps, "subsets": subsets, "route": route}
 
 
-def uniform(num_ranges: int, num_timesteps: int) -> Division:
-    """N contiguous ranges R_i = [iT/N, (i+1)T/N) that do not overlap, each served by its expert (Eq. 3, Eq. 7)."""
+def uniform(num_ranges: int, num_timesteps: int, *, key: str = "decouple.num_ranges") -> Division:
+    """N contiguous ranges R_i = [iT/N, (i+1)T/N) that do not overlap, each served by its expert (Eq. 3, Eq. 7).
+
+    Raises UserError, naming the setting `key`, where N is above T.
+    """
     if num_ranges > num_timesteps:
         raise UserError(
-            f"decouple.num_ranges: {num_ranges} ranges do not fit into {num_timesteps} timesteps; "
-            f"the most is {num_timesteps}"
+            f"{key}: {num_ranges} ranges do not fit into {num_timesteps} timesteps; the most is {num_timesteps}"
         )
     # Integer arithmetic: t belongs to expert floor(t N / T), the paper's own routing rule.
     route = np.arange(num_timesteps, dtype=np.int64) * num_ranges // num_timesteps
     return Division(member=route[None, :] == np.arange(num_ranges)[:, None], route=route)
-
-
-DIVISIONS = {"uniform": uniform}
-"""Every division by its name in `decouple.division`: (N, T) -> Division."""
 
 
 def whole(num_timesteps: int) -> Runs:
@@ -117,6 +116,11 @@ def name_of(runs: Runs) -> str:
     if len(runs) > 3:
         return f"{len(from_runs(runs))} timesteps in {len(runs)} runs"
     return "+".join(f"[{lo},{hi})" for lo, hi in runs)
+
+
+def names_of(subsets: Sequence[Runs]) -> list[str]:
+    """`name_of` of several subsets, none alike: those that are only counted begin with their number, `#0`."""
+    return [f"#{i} {name_of(runs)}" if len(runs) > 3 else name_of(runs) for i, runs in enumerate(subsets)]
 
 
 def _constant_runs(values: npt.NDArray[np.int64]) -> Runs:

@@ -13,7 +13,16 @@ from deme_diffusion.errors import UserError
 
 WEIGHTS_NAME, TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
 PROJECTIONS, PROJECTION_KEY = "projection.safetensors", "projection."
-"""The file of projections beside a component's weights; what stands before a place where its D is a parameter."""
+"""The file of projections beside a component's weights; what stands before a projection's name where it is merged."""
+SPATIAL = "|spatial"
+"""What follows a place in the name of its spatial projection: `mid_block` is D there, `mid_block|spatial` is D_s."""
+AVERAGED = "_ema"
+"""What follows a component's name in the folder of its average, where a pipeline has one: diffusers' own `unet_ema`."""
+NO_BASE = (
+    "a base must be whole without projections; take the model that was merged, or one made with decouple.projection "
+    "none, or residual with projection_axes channel"
+)
+"""Why a model with projections beside its weights is finetuned and merged no further."""
 FISHER_METADATA = "deme_fisher"
 """Key of a safetensors file's metadata: what a file of Fisher information is about."""
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")

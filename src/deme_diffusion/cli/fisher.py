@@ -21,11 +21,10 @@ def fisher(
     Prints the files in the order of the experts. A recipe with merge.method=fisher makes them by itself.
     """
     whole = opened(recipe, overrides, out, jobs, dry_run=dry_run)
-    targets = whole.graph.fishers()
     if dry_run:
-        show.plan(whole, targets, as_json)
+        show.plan(whole, whole.graph.fishers(), as_json)
         return
-    whole.execute(targets)
+    targets = whole.execute(lambda graph: graph.fishers())
     from deme_diffusion.evaluation.fisher import FILE
 
     files = [{"label": n.label, "file": str(whole.store.folder(n.key) / FILE)} for n in targets]

@@ -18,6 +18,8 @@ from deme_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from deme_diffusion.evaluation.export import Format
+    from deme_diffusion.pipeline.graph import Graph
+    from deme_diffusion.pipeline.node import Node
     from deme_diffusion.pipeline.run import Run
     from deme_diffusion.pipeline.sampling import SamplerChoice, Samples
 
@@ -121,14 +123,19 @@ def _table_images(run: Run, asked: _Asked) -> None:
 
     given = {f"--{name}": getattr(asked, name) for name in ("sampler", "steps", "eta", "spacing", "format")}
     _refuse({**given, "--grid": asked.grid or None}, "it is for --seeds or --images")
-    served = None if asked.model is None else model_named(run.graph, asked.model)
-    make(run, measured(run.graph, served), asked.dry_run, asked.as_json)
+
+    def stages(graph: Graph) -> list[Node]:
+        return measured(graph, None if asked.model is None else model_named(graph, asked.model))
+
+    make(run, stages, asked.dry_run, asked.as_json)
 
 
 def _run_images(run: Run, asked: _Asked) -> None:
     """One model's images: of the seeds, or those that the table was measured on."""
     from deme_diffusion.pipeline import sampling
 
+    if not asked.dry_run:
+        run.settle(sampling.stages_of(sampling.model_named(run.graph, asked.model)))
     served, seeds = sampling.model_named(run.graph, asked.model), asked.listed
     sampler = sampling.of_run(run, served, asked.choice, asked.images, asked.kind)
     stage = sampling.measured_by(run, served, sampler.sampler) if seeds is None else None

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from deme_diffusion.processes import is_main
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from deme_diffusion.pipeline.node import Node
     from deme_diffusion.pipeline.run import Run
 
@@ -43,6 +46,19 @@ def plan(run: Run, targets: Sequence[Node] | None, in_json: bool) -> None:
     say(f"run folder: {planned['folder']}", *described(planned))
 
 
+def console() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
+
+
+def tables(printed: Sequence[Table]) -> None:
+    """Print tables, by the main process."""
+    for table in printed if is_main() else ():
+        console().print(table)
+
+
 def made(run: Run, targets: Sequence[Node], in_json: bool) -> None:
     """The folders of some stages; of searches and merges, the weights and whose they are."""
     if not is_main():
@@ -69,12 +85,10 @@ def table(run: Run, in_json: bool) -> None:
     if in_json:
         as_json(rows)
         return
-    from rich.console import Console
-
     from deme_diffusion.report.tables import rich_table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
-    console.print(rich_table(rows, width=console.width))
+    printed = console()
+    printed.print(rich_table(rows, width=printed.width))
     say(*run.weights_found(rows), said.sentence)
     for path in (run.merged, run.folder / "report.html"):
         if path.exists():

@@ -91,7 +91,7 @@ def table(told: Told) -> Table:
 def _caption(share: float, several: bool, projected: bool) -> str:
     pairs = "; cosine and overlap of magnitudes between two task vectors, over their pairs" if several else ""
     rest = "" if share == 1 else f"; from {share:.0%} of the entries"
-    rest += "; projection: the channel-wise projections, whose theta is 0" if projected else ""
+    rest += "; projection: all projections, whose theta is 0" if projected else ""
     return f"tau_i = expert i - base, theta = base{pairs}{rest}"
 
 

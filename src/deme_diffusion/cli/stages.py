@@ -39,13 +39,13 @@ def run(
     show.table(whole, as_json)
 
 
-def make(run: Run, targets: Sequence[Node], dry_run: bool, as_json: bool) -> None:
+def make(run: Run, targets: Callable[[Graph], Sequence[Node]], dry_run: bool, as_json: bool) -> None:
     """Make some stages and what they need, or say what that would be."""
     if dry_run:
-        show.plan(run, targets, as_json)
+        show.plan(run, targets(run.graph), as_json)
         return
-    run.execute(targets)
-    show.made(run, targets, as_json)
+    made = run.execute(targets)
+    show.made(run, made, as_json)
 
 
 def one_stage(
@@ -64,7 +64,7 @@ def one_stage(
     if why := idle(load(recipe, changes).recipe):  # before anything is fetched
         raise UserError(f"deme {name}: {why}")
     whole = opened(recipe, changes, out, jobs, dry_run=dry_run)
-    make(whole, targets(whole.graph), dry_run, as_json)
+    make(whole, targets, dry_run, as_json)
 
 
 def _one_stage(
@@ -133,6 +133,11 @@ _one_stage(
     "extractor.pretrained=null",
     idle=_no_classifier,
 )
+_one_stage(
+    "similarity",
+    "Compare the base's gradients between timesteps, by the `similarity` section; a division can be made by them.",
+    lambda graph: [graph.compared()],
+)
 
 
 @app.command()
@@ -150,7 +155,10 @@ def decouple(
     count = whole.recipe.decouple.num_ranges
     if expert is not None and expert >= count:
         raise UserError(f"--expert {expert}: the recipe has {count} experts, 0 to {count - 1}")
-    experts = [e for all_of in whole.graph.experts.values() for i, e in enumerate(all_of) if expert in (None, i)]
+
+    def experts(graph: Graph) -> list[Node]:
+        return [e for all_of in graph.experts.values() for i, e in enumerate(all_of) if expert in (None, i)]
+
     make(whole, experts, dry_run, as_json)
 
 

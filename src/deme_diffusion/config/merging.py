@@ -54,7 +54,8 @@ class MergeSettings(Settings):
     weights: tuple[float, ...] | None = Field(None, description="given weights, one an expert; needs search=none")
     weighting: Literal["uniform", "snr"] = Field(
         "uniform",
-        description="search=none and no weights: the method's own default, or by each range's share of min(SNR, 5)",
+        description="search=none and no weights: the method's own default, or, snr, w_i = the share of sum_t "
+        "min(SNR(t), 5) in the timesteps that expert i serves",
     )
     weights_for: dict[str, tuple[float, ...]] = Field(
         {}, description="other weights for the parameters that match a pattern, as down_blocks.*; the last match wins"
@@ -116,6 +117,13 @@ class MergeSettings(Settings):
     def _weights_or_search(self) -> Self:
         if self.weights is not None and self.search != "none":
             raise ValueError(f"weights are given, so search must be none, not {self.search}")
+        return self
+
+    @model_validator(mode="after")
+    def _weighting_or_search(self) -> Self:
+        if self.weighting == "snr" and (self.weights is not None or self.search != "none"):
+            other = "with weights given" if self.weights is not None else f"with search={self.search}"
+            raise ValueError(f"weighting=snr {other}: it needs search=none and no weights")
         return self
 
     @model_validator(mode="after")

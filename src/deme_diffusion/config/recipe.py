@@ -86,6 +86,11 @@ class Recipe(Settings):
             raise ValueError(f"seeds: {list(self.seeds)} holds one seed twice")
         if "all-timesteps-searched" in self.evaluate.controls and "all-timesteps" not in self.evaluate.controls:
             raise ValueError("evaluate.controls: all-timesteps-searched needs all-timesteps beside it")
+        if self.decouple.init == "ema" and self.model.pretrained is None:
+            made = "are their average already" if self.pretrain.use_ema else "have no average (pretrain.use_ema=false)"
+            raise ValueError(f"decouple.init=ema: the base is pretrained here, and its weights {made}; use pretrained")
+        if self.decouple.multi_task == "nash" and self.runtime.compile:
+            raise ValueError("decouple.multi_task=nash takes several gradients of one graph: runtime.compile=false")
         if self.data.caption_column is not None:  # for text-to-image families
             raise ValueError(f"data.caption_column: family {self.model.family} takes no captions; leave it null")
         return self

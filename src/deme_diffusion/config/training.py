@@ -100,11 +100,14 @@ class DecoupleSettings(TrainSettings):
         "residual", description="after what always folds; after every block as in the paper; none"
     )
     projection_axes: Literal["channel", "spatial", "both"] = Field(
-        "channel", description="spatial: a depthwise 3x3 convolution, identity at start, which never folds"
+        "channel",
+        description="spatial: a depthwise 3x3 convolution, identity at start, after the convolutions or blocks, which "
+        "never folds; both: channel, then spatial",
     )
     init: Literal["pretrained", "ema", "partly_random", "random"] = Field(
         "pretrained",
-        description="what a training starts from; ema: the average beside the base, in <component>_ema",
+        description="what a training starts from, equal for all of one seed; ema: the average beside the base, in "
+        "<component>_ema; random: made anew by the seed",
     )
     init_random_share: Probability = Field(0.5, description="init=partly_random: share of layers made anew")
     multi_task: Literal["none", "uncertainty", "nash"] = Field(
@@ -142,6 +145,23 @@ class DecoupleSettings(TrainSettings):
                 raise ValueError(f"edges: {list(self.edges)} must ascend")
         if self.multi_task != "none" and self.num_ranges != 1:
             raise ValueError(f"multi_task={self.multi_task} is for one model: num_ranges=1, not {self.num_ranges}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_weighed_in_one_process(self) -> Self:
+        if self.multi_task != "none" and self.processes > 1:
+            raise ValueError(
+                f"multi_task={self.multi_task} weighs clusters by the whole batch: processes=1, not {self.processes}; "
+                "gradient_accumulation_steps makes a batch as large"
+            )
+        if self.multi_task == "nash" and self.mixed_precision == "fp16":
+            raise ValueError("multi_task=nash compares gradients, which fp16 scales; use mixed_precision bf16 or no")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_have_a_place(self) -> Self:
+        if self.projection == "none" and self.projection_axes != "channel":
+            raise ValueError(f"projection_axes={self.projection_axes}: projection=none has no place; residual or block")
         return self
 
     @model_validator(mode="after")

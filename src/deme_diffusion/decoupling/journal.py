@@ -48,8 +48,18 @@ class Journal:
                 file.close()
             self._board.close()
 
-    def step(self, step: int, losses: list[StepLosses], learning_rate: float, gradient_norm: float) -> None:
-        """One optimizer step: means over its micro-batches, and the denoising loss of each range drawn."""
+    def step(
+        self,
+        step: int,
+        losses: list[StepLosses],
+        learning_rate: float,
+        gradient_norm: float,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """One optimizer step: means over its micro-batches, and the denoising loss of each range drawn.
+
+        `weights` are a multi-task method's, by cluster, where they are to be told.
+        """
         if not self.active:
             return
         ranges: dict[str, list[float]] = {}
@@ -63,7 +73,7 @@ class Journal:
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
         }
-        self._write(LOSSES, step, record, {name: _mean(values) for name, values in ranges.items()})
+        self._write(LOSSES, step, record, {name: _mean(values) for name, values in ranges.items()}, weights)
 
     def validation(self, step: int, losses: list[float], overall: float, own: float) -> None:
         """One validation: the fixed-noise loss of each range, over [0, T), and over the training's own timesteps."""
@@ -77,9 +87,19 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _write(self, name: str, step: int, record: Mapping[str, float], ranges: Mapping[str, float]) -> None:
+    def _write(
+        self,
+        name: str,
+        step: int,
+        record: Mapping[str, float],
+        ranges: Mapping[str, float],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         line = {"step": step, **_finite(record), "ranges": _finite(ranges)}
+        line |= {"weights": _finite(weights)} if weights else {}
         self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
+        for cluster, weight in (weights or {}).items():
+            self._board.add_scalar(f"weight {cluster}", weight, step)
         if name == LOSSES and step % self._board_every:
             return  # the lines above hold every step; a board of every step costs 2% of a small model's time
         for key, value in {**record, **{f"{name.removesuffix('.jsonl')} {r}": v for r, v in ranges.items()}}.items():

@@ -33,7 +33,7 @@ def estimate(
     """
     settings = job.settings
     with FakeTensorMode():
-        student = Projected(_fake(denoiser.module), job.projection).train()
+        student = Projected(_fake(denoiser.module), job.projection, job.projection_axes).train()
         weights, count = size_of(student), sum(p.numel() for p in student.parameters())
         if settings.mixed_precision != "no" and device.type != "cpu":
             _norms_in_float32(student)
@@ -44,7 +44,7 @@ def estimate(
     return {
         "base": 0 if _makes_way(job, device) else _resident(denoiser, device),
         "weights": weights,
-        "gradients": weights * (2 if processes > 1 else 1),  # and the buckets in which they go round
+        "gradients": weights * (1 + _more_gradients(job, processes)),
         "optimizer": 2 * (count if settings.use_8bit_adam else weights),
         "ema": averages * weights,
         "teacher": _teacher(denoiser, job, count),
@@ -108,10 +108,16 @@ def _teacher(denoiser: Denoiser, job: Job, count: int) -> int:
     return held * (job.teacher_precision or torch.float32).itemsize
 
 
+def _more_gradients(job: Job, processes: int) -> int:
+    """Beside one: the buckets in which they go round, and those of all clusters together."""
+    return (processes > 1) + (job.multi_task_clusters if job.multi_task == "nash" else 0)
+
+
 def _advice(job: Job, runtime: RuntimeSettings, device: torch.device) -> str:
     """The settings that are left to change."""
     batch = f"train_batch_size={job.settings.train_batch_size} (raising gradient_accumulation_steps as much)"
     others = {
+        "multi_task=uncertainty": job.multi_task == "nash",
         "runtime.gradient_checkpointing=true": not runtime.gradient_checkpointing,
         "runtime.offload_ema=true": device.type != "cpu" and job.settings.use_ema and not runtime.offload_ema,
         "teacher_dtype=bfloat16": bool(job.consistency_weight) and job.teacher_precision is None

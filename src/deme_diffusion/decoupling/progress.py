@@ -14,6 +14,7 @@ from torch import nn
 
 from deme_diffusion.decoupling.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.multi_task import MultiTask
 from deme_diffusion.decoupling.teacher import Averaged
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def snapshot(
     ema: Ema | None,
     teacher: Averaged | None,
     progress: Progress,
+    weighing: MultiTask | None = None,
 ) -> Checkpoint:
     """All that a resumed training needs to take the very next step."""
     parts = {
@@ -46,6 +48,7 @@ def snapshot(
         "optimizer": flatten_optimizer(optimizer),
         "ema": ema.state() if ema else {},
         "teacher": teacher.state() if teacher else {},
+        "multi_task": weighing.state() if weighing else {},
     }
     tensors = {f"{part}/{key}": value for part, state in parts.items() for key, value in state.items()}
     record = {**vars(progress), "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
@@ -61,6 +64,7 @@ def restore(
     ema: Ema | None,
     teacher: Averaged | None,
     environment: dict[str, Any],
+    weighing: MultiTask | None = None,
 ) -> Progress:
     """Put a checkpoint back; what exactness is relative to (versions, device, threads) is compared, and said."""
     accelerator.unwrap_model(student).load_state_dict(saved.part("model"))
@@ -72,6 +76,8 @@ def restore(
         ema.restore(saved.part("ema"), progress.updates)
     if teacher:
         teacher.restore(saved.part("teacher"))
+    if weighing:
+        weighing.restore(saved.part("multi_task"))
     if accelerator.scaler is not None and saved.record["scaler"]:
         accelerator.scaler.load_state_dict(saved.record["scaler"])
     for key, before in progress.environment.items():

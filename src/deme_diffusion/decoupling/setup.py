@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from deme_diffusion.config import TrainSettings
+from deme_diffusion.decoupling.multi_task import OWN_RATE, MultiTask
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.errors import UserError
 from deme_diffusion.models.devices import device_of
@@ -50,8 +51,13 @@ def make_accelerator(job: Job, device: str) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(parameters: list[nn.Parameter], job: Job, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or bitsandbytes' with moments in 8 bits."""
+def make_optimizer(
+    parameters: list[nn.Parameter], job: Job, device: torch.device, weighing: MultiTask | None = None
+) -> torch.optim.Optimizer:
+    """AdamW: torch's fused one, or bitsandbytes' with moments in 8 bits.
+
+    What a multi-task method learns itself is a second group, at a rate of its own and without weight decay.
+    """
     settings = job.settings
     options: dict[str, Any] = {
         "lr": job.learning_rate,
@@ -59,6 +65,9 @@ def make_optimizer(parameters: list[nn.Parameter], job: Job, device: torch.devic
         "eps": settings.adam_epsilon,
         "weight_decay": settings.adam_weight_decay,
     }
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if weighing is not None and (own := weighing.parameters()):
+        groups.append({"params": own, "lr": OWN_RATE, "weight_decay": 0.0})
     if settings.use_8bit_adam:
         if any(not parameter.is_contiguous() for parameter in parameters):
             log.warning(
@@ -66,9 +75,9 @@ def make_optimizer(parameters: list[nn.Parameter], job: Job, device: torch.devic
                 "contiguous); set one of them to false",
                 job.name,
             )
-        return _eight_bit(settings, device)(parameters, **options)
+        return _eight_bit(settings, device)(groups, **options)
     # A fused optimizer skips an overflow inside its kernel, where accelerate's `step_was_skipped` cannot see it.
-    return torch.optim.AdamW(parameters, fused=settings.mixed_precision != "fp16", **options)
+    return torch.optim.AdamW(groups, fused=settings.mixed_precision != "fp16", **options)
 
 
 def _eight_bit(settings: TrainSettings, device: torch.device) -> Callable[..., torch.optim.Optimizer]:

@@ -11,10 +11,12 @@ from torch import nn
 
 from deme_diffusion.config import TrainSettings
 from deme_diffusion.data.loading import Batch
-from deme_diffusion.decoupling.timesteps import draw_timesteps
+from deme_diffusion.decoupling.initial import PRETRAINED, Start
+from deme_diffusion.decoupling.timesteps import Timesteps, draw_timesteps
 from deme_diffusion.division import Runs, from_runs, owners, reported
 from deme_diffusion.models.denoiser import Denoiser, Noised
-from deme_diffusion.models.objective import consistency_loss, denoising_loss, min_snr_weights
+from deme_diffusion.models.objective import consistency_loss, denoising_loss
+from deme_diffusion.models.weighting import timestep_weights
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,17 @@ class Job:
     global_prob: float = 0.0
     consistency_weight: float = 0.0
     projection: str = "none"
+    projection_axes: str = "channel"
+    start: Start = PRETRAINED
     timestep_sampling: Literal["per_sample", "per_batch"] = "per_sample"
     antithetic: bool = False
     teacher: Literal["frozen", "ema"] = "frozen"
     teacher_update_steps: int = 500
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    multi_task: Literal["none", "uncertainty", "nash"] = "none"
+    multi_task_clusters: int = 5
+    multi_task_division: Literal["uniform", "log_snr"] = "uniform"
+    multi_task_update_steps: int = 25
 
     @property
     def teacher_precision(self) -> torch.dtype | None:
@@ -43,13 +51,16 @@ class Job:
 
 
 class Combine(Protocol):
-    """How the losses of the ranges become one loss; a multi-task method puts its own here.
+    """How the losses of the ranges become one loss; a multi-task method (`multi_task`) puts its own here.
 
     In several processes each combines the losses of its own samples, and their gradients are averaged.
     """
 
     def __call__(self, losses: dict[int, torch.Tensor]) -> torch.Tensor:
-        """{range: its share of the batch's mean loss} -> the scalar to differentiate."""
+        """{range: its share of the batch's mean loss} -> the scalar to differentiate, or one that needs no gradient.
+
+        The latter says that it has taken the gradients itself. A range of which nothing was drawn is not among them.
+        """
 
 
 def total(losses: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -74,19 +85,26 @@ class StepLosses:
 class TrainStep:
     """Callable: micro-batch -> (scalar to differentiate, losses). Holds what stays equal over the steps.
 
-    Nothing here waits for the device: which range a sample falls in is known on the CPU, where t is drawn.
+    Nothing here waits for the device: which range a sample falls in is known on the CPU, where t is drawn. `combine` is
+    handed the losses of the reported ranges, or of `tasks`: the task of each timestep, (T,).
     """
 
     def __init__(
-        self, denoiser: Denoiser, job: Job, device: torch.device, combine: Combine = total, processes: int = 1
+        self,
+        denoiser: Denoiser,
+        job: Job,
+        device: torch.device,
+        combine: Combine = total,
+        processes: int = 1,
+        tasks: Timesteps | None = None,
     ) -> None:
         self.denoiser, self.job, self.device, self.combine = denoiser, job, device, combine
         self.subset = from_runs(job.subset)
         self.batch = processes * job.settings.train_batch_size if job.timestep_sampling == "per_batch" else None
         total_steps = denoiser.num_train_timesteps
         self.owners = owners(reported(job.subset, total_steps), total_steps)
-        gamma = job.settings.snr_gamma
-        weights = None if gamma is None else min_snr_weights(denoiser.snr(), gamma, denoiser.prediction_type)
+        self.tasks = self.owners if tasks is None else tasks
+        weights = timestep_weights(job.settings, denoiser)
         self.weights = None if weights is None else weights.float().to(device)
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> tuple[torch.Tensor, StepLosses]:
@@ -108,8 +126,8 @@ class TrainStep:
         loss = denoising + job.consistency_weight * consistency  # Eq. 5
         if self.weights is not None:
             loss = loss * self.weights[t]
-        owner = self.owners[drawn]
-        shares = {int(r): loss[self._where(owner == r)].sum() / len(loss) for r in np.unique(owner)}
+        owner, task = self.owners[drawn], self.tasks[drawn]
+        shares = {int(k): loss[self._where(task == k)].sum() / len(loss) for k in np.unique(task)}
         record = StepLosses(loss.detach(), denoising.detach(), consistency.detach(), torch.from_numpy(owner))
         return self.combine(shares), record
 

@@ -25,7 +25,8 @@ def teaching(denoiser: Denoiser, job: Job) -> AbstractContextManager[nn.Module |
 @contextmanager
 def _averaged(denoiser: Denoiser, job: Job) -> Iterator[nn.Module]:
     """The base at first, with the student's projections, so that the student's average fits into it."""
-    yield Projected(denoiser.student(), job.projection).to(job.teacher_precision).requires_grad_(False).eval()
+    teacher = Projected(denoiser.student(), job.projection, job.projection_axes)
+    yield teacher.to(job.teacher_precision).requires_grad_(False).eval()
 
 
 class Averaged:

@@ -20,13 +20,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from deme_diffusion.config import RuntimeSettings
-from deme_diffusion.data.loading import Batch, Order, steps
+from deme_diffusion.data.loading import Order, steps
 from deme_diffusion.data.splits import Split
 from deme_diffusion.decoupling import checkpoint as checkpoints
 from deme_diffusion.decoupling.agree import all_allow, any_of, from_main, gathered
 from deme_diffusion.decoupling.ema import Ema
+from deme_diffusion.decoupling.gradients import accumulated
+from deme_diffusion.decoupling.initial import started
 from deme_diffusion.decoupling.journal import Journal
 from deme_diffusion.decoupling.memory import check_memory
+from deme_diffusion.decoupling.multi_task import multi_task
 from deme_diffusion.decoupling.progress import Progress, environment_of, restore, snapshot
 from deme_diffusion.decoupling.result import best_file, drop_older_bests, write_result
 from deme_diffusion.decoupling.setup import learning_rates, make_accelerator, make_optimizer
@@ -35,12 +38,11 @@ from deme_diffusion.decoupling.step import Combine, Job, StepLosses, TrainStep, 
 from deme_diffusion.decoupling.switches import check_compiled, checkpoint_gradients, forget_compiled, laid_out, switched
 from deme_diffusion.decoupling.teacher import Averaged, teaching
 from deme_diffusion.decoupling.waiting import Waited
-from deme_diffusion.division import name_of, reported, whole
+from deme_diffusion.division import names_of, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.models.projection import Projected
-from deme_diffusion.rng import seed_of
 from deme_diffusion.weights import save_state
 
 log = logging.getLogger(__name__)
@@ -84,11 +86,13 @@ def _train(
     accelerator = make_accelerator(job, runtime.device)
     main, processes = accelerator.is_main_process, accelerator.num_processes
     all_allow(accelerator, lambda: check_memory(denoiser, job, runtime, accelerator.device, processes))
-    unwrapped = Projected(_component(denoiser, runtime), job.projection).to(accelerator.device).train()
+    unwrapped = Projected(_component(denoiser, job, runtime), job.projection, job.projection_axes)
+    unwrapped.to(accelerator.device).train()
     if runtime.compile:
         check_compiled(denoiser, unwrapped, settings)
     parameters = denoiser.trainable(unwrapped)
-    optimizer: Any = make_optimizer(parameters, job, accelerator.device)
+    weighing = multi_task(denoiser, job, parameters, accelerator.device, compiled=runtime.compile)
+    optimizer: Any = make_optimizer(parameters, job, accelerator.device, weighing)
     student: nn.Module
     student, optimizer = accelerator.prepare(unwrapped, optimizer)
     ema = Ema(parameters, settings, offload=runtime.offload_ema) if settings.use_ema else None
@@ -99,9 +103,10 @@ def _train(
         accelerator.process_index,
         processes,
     )
-    train_step = TrainStep(denoiser, job, accelerator.device, combine, processes)
+    tasks = None if weighing is None else weighing.owners
+    train_step = TrainStep(denoiser, job, accelerator.device, weighing or combine, processes, tasks)
     ranges = reported(job.subset, denoiser.num_train_timesteps)
-    names = [name_of(runs) for runs in ranges]
+    names = names_of(ranges)
 
     with teaching(denoiser, job) as teacher, stop_signals() as stop:
         teacher = None if teacher is None else laid_out(teacher.to(accelerator.device), runtime)
@@ -113,7 +118,7 @@ def _train(
         resumed = checkpoints.latest(work) if main else None
         if (after := from_main(accelerator, resumed.step if resumed else None)) is not None:
             resumed = resumed or checkpoints.at(work, after)
-            progress = restore(resumed, accelerator, student, optimizer, ema, renewed, progress.environment)
+            progress = restore(resumed, accelerator, student, optimizer, ema, renewed, progress.environment, weighing)
             log.info("%s: going on after step %d of %d", job.name, progress.step, job.steps)
             del resumed
         journal = Journal(folder, names, after=progress.step, board_every=max(1, runtime.logging_steps // 5),
@@ -122,7 +127,7 @@ def _train(
         def save_checkpoint() -> None:
             if main:
                 journal.flush()
-                state = snapshot(accelerator, student, optimizer, ema, renewed, progress)
+                state = snapshot(accelerator, student, optimizer, ema, renewed, progress, weighing)
                 checkpoints.save(work, state, limit=runtime.checkpoints_total_limit)
                 drop_older_bests(work, progress)
 
@@ -138,9 +143,8 @@ def _train(
             ):
                 if _finished(progress, settings.early_stopping):
                     break
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(progress.step)
-                mine = _gradients(accelerator, train_step, student, teacher, micro_batches)
+                optimizer.param_groups[0]["lr"] = rate(progress.step)  # the model's; a multi-task method has its own
+                mine = accumulated(accelerator, train_step, student, teacher, micro_batches, weighing)
                 clipped = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 losses, norm, stopping = gathered(accelerator, mine, clipped, stop.is_set())
                 _update(accelerator, optimizer, losses, norm, job, progress, names)
@@ -151,7 +155,8 @@ def _train(
                     renewed.step(progress.step)
                 seen += order.step_size
                 bar.update(order.step_size)
-                journal.step(progress.step, losses, rate(progress.step - 1), norm)
+                told = None if weighing is None else weighing.told(progress.step)
+                journal.step(progress.step, losses, rate(progress.step - 1), norm, told)
                 last = progress.step == job.steps
 
                 if validation is not None and (progress.step % settings.validation_steps == 0 or last):
@@ -182,31 +187,14 @@ def _train(
     return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder)} if main else results
 
 
-def _component(denoiser: Denoiser, runtime: RuntimeSettings) -> nn.Module:
+def _component(denoiser: Denoiser, job: Job, runtime: RuntimeSettings) -> nn.Module:
     """The component that a student trains."""
     if runtime.compile:
         forget_compiled()
-    component = laid_out(denoiser.student(), runtime)
+    component = laid_out(started(denoiser, job.start), runtime)
     if runtime.gradient_checkpointing:
         checkpoint_gradients(component)
     return component
-
-
-def _gradients(
-    accelerator: Accelerator, train_step: TrainStep, student: nn.Module, teacher: nn.Module | None, micro: list[Batch]
-) -> list[StepLosses]:
-    """Accumulate the gradients of one step."""
-    losses = []
-    for i, batch in enumerate(micro):
-        # Dropout draws from the global generator: set anew for each micro-batch, it needs no place in a checkpoint.
-        torch.manual_seed(seed_of(train_step.job.seed, "dropout", batch["step"], batch["first"]))
-        syncing = i == len(micro) - 1
-        with nullcontext() if syncing else accelerator.no_sync(student), accelerator.autocast():
-            loss, record = train_step(student, teacher, batch)
-        with nullcontext() if syncing else accelerator.no_sync(student):
-            accelerator.backward(loss / len(micro))
-        losses.append(record)
-    return losses
 
 
 def _update(

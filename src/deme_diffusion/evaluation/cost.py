@@ -1,4 +1,4 @@
-"""What serving a model costs: parameters, latency, peak memory, disk."""
+"""What serving a model costs: parameters, latency, load time, peak memory, disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample
 from deme_diffusion.models.denoiser import Denoiser
 
 REPEATS = 5
+LOADS = 3
+PAGE = 4096  # bytes
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -81,8 +84,30 @@ def latency(denoiser: Denoiser, module: nn.Module, sampler: SamplerSettings, bat
         if next(module.parameters()).is_cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1000 / steps)
-    counted = times[1:]  # the first one warms caches, and loads an ensemble's experts
-    return statistics.median(counted), (max(counted) - min(counted)) / 2
+    return _middle(times[1:])  # the first one warms caches, and loads an ensemble's experts
+
+
+def _middle(times: Sequence[float]) -> tuple[float, float]:
+    return statistics.median(times), (max(times) - min(times)) / 2
+
+
+def load_time(loaders: Sequence[Callable[[], nn.Module]]) -> tuple[float, float]:
+    """Milliseconds from files to models ready to run, all of a served model's: median and half the range over repeats.
+
+    The first time, which brings the files into the page cache, does not count. One model after another is loaded and
+    let go, so that no more memory is needed than for one.
+    """
+    return _middle([sum(map(_load_once, loaders)) for _ in range(LOADS + 1)][1:])
+
+
+def _load_once(load: Callable[[], nn.Module]) -> float:
+    started = time.perf_counter()
+    module = load()
+    for weight in module.parameters():
+        weight.detach().flatten()[:: PAGE // weight.element_size()].sum()  # what is mapped from a file is read only now
+    if next(module.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1000
 
 
 def disk(folders: list[Path]) -> int:

@@ -26,6 +26,7 @@ from deme_diffusion.merging.table import method as row_of
 from deme_diffusion.merging.thresholds import global_thresholds, magnitudes, task_vectors
 from deme_diffusion.merging.vectors import Weight, computable, finite, wide
 from deme_diffusion.models import projection
+from deme_diffusion.models.placement import weighted_as
 from deme_diffusion.models.projection import fold_tensor
 from deme_diffusion.weight_files import PROJECTION_KEY
 from deme_diffusion.weights import State
@@ -203,10 +204,10 @@ class Merger(Parents):
         return self.base.dtype(key).is_floating_point
 
     def unfolded(self, weights: Given) -> State:
-        """Place -> merged D where it folds into no weight: the model's extra module; empty where all of it folds."""
+        """Name -> merged D where it folds into no weight: the model's extra module; empty where all of it folds."""
         weights, rest = self.check(weights), {}
         for place in self.unfolded_places:
-            if (matrix := self.matrix(place, f"{place}.weight", weights)) is not None:
+            if (matrix := self.matrix(place, weighted_as(place), weights)) is not None:
                 dtype = next(matrices[place].dtype for matrices in self.matrices if place in matrices)
                 rest[place] = matrix.to(dtype)
                 if not finite(rest[place]):

@@ -22,7 +22,7 @@ from deme_diffusion.merging.search.space import REST, Space
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.vectors import wide
 from deme_diffusion.models import projection
-from deme_diffusion.models.placement import BLOCK
+from deme_diffusion.models.placement import BLOCK, weighted_as
 
 Compose = Callable[[Given], MergeWeights]
 """The weights of a candidate -> those of a merge: with what the recipe says of some parameters."""
@@ -76,7 +76,7 @@ class Differential:
                 parts.append((key, lambda key=key: self._of_weight(key, weights.at(key), gradients[key])))  # type: ignore[misc]
         for place in self.unfolded:
             given = gradients[projection.buffer_of(place)]
-            parts.append((f"{place}.weight", lambda place=place, given=given: self._of_matrix(place, given)))  # type: ignore[misc]
+            parts.append((weighted_as(place), lambda place=place, given=given: self._of_matrix(place, given)))  # type: ignore[misc]
         return parts
 
     def _of_weight(self, key: str, at: Sequence[float], gradient: torch.Tensor) -> list[float]:
@@ -99,7 +99,7 @@ class Differential:
         return [float((each * gradient).sum()) for each in self._matrices(place, wide(gradient))]
 
     def _matrices(self, place: str, like: torch.Tensor) -> torch.Tensor:
-        """The D_i of a place (N, C, C); 0 where an expert has none."""
+        """The D_i of one name (N, C, C) or, spatial, (N, C, 1, 3, 3); 0 where an expert has none."""
         own = [matrices.get(place) for matrices in self.merger.matrices]
         zeros = torch.zeros_like(next(matrix for matrix in own if matrix is not None))
         return torch.stack([zeros if matrix is None else matrix for matrix in own]).to(like.device, like.dtype)
@@ -117,7 +117,7 @@ class Differential:
             sizes[pattern] = sizes.get(pattern, 0) + math.prod(self.merger.base.shape(key))
         # Of several patterns that match the last one counts: a module's own parameters, then those of what is in it.
         patterns = sorted(sizes, key=lambda pattern: (pattern.count("."), pattern))
-        if any(not any(fnmatchcase(f"{place}.weight", pattern) for pattern in patterns) for place in self.unfolded):
+        if any(not any(fnmatchcase(weighted_as(place), pattern) for pattern in patterns) for place in self.unfolded):
             patterns, sizes = [REST, *patterns], {REST: 0, **sizes}
         total = sum(sizes.values())
         return Space(count, settings.bounds, tuple(patterns), tuple(sizes[pattern] / total for pattern in patterns))

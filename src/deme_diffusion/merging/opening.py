@@ -13,7 +13,7 @@ from deme_diffusion.merging.information import Information, check_information
 from deme_diffusion.merging.parents import check_config, check_model, check_same
 from deme_diffusion.merging.table import Method
 from deme_diffusion.models import projection
-from deme_diffusion.models.placement import is_block, operations
+from deme_diffusion.models.placement import folding
 from deme_diffusion.weight_files import PROJECTION_KEY
 from deme_diffusion.weights import Weights
 
@@ -72,11 +72,10 @@ class Parents:
         shapes = {key: self.base.shape(key) for key in self.keys()}
         for path, matrices in zip(experts, self.matrices, strict=True):
             projection.check_fits(matrices, shapes, folder_of(path) / projection.FILE, str(self.base.path))
-        places = {place for matrices in self.matrices for place in matrices}
+        names = {name for matrices in self.matrices for name in matrices}
         self._onto: dict[str, list[str]] = {}
         self.unfolded_places: list[str] = []
-        for place in sorted(places, key=lambda place: (is_block(place), place)):
-            onto = operations(place, shapes)
+        for place, onto in folding(names, shapes).items():
             for operation in onto:
                 self._onto.setdefault(operation, []).append(place)
             if not onto:

@@ -1,4 +1,4 @@
-"""The losses of Eq. 2, 4 and 5, per sample; their weighting; and the fixed-noise loss per range."""
+"""The losses of Eq. 2, 4 and 5, per sample; and the fixed-noise loss per range."""
 
 from __future__ import annotations
 
@@ -27,14 +27,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 def consistency_loss(prediction: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """|| eps_theta(x_t, t) - eps_theta_i(x_t, t) ||^2 of each sample, to the frozen teacher: (b,). Eq. 4."""
     return denoising_loss(prediction, teacher.detach())
-
-
-def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """min(SNR, gamma) in the units of the prediction: (T,) -> (T,). Hang et al. 2023, Sec. 3.4."""
-    clipped = snr.clamp(max=gamma)
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-    # With a zero terminal SNR the epsilon weight is 0/0; its limit is 1.
-    return torch.where(divisor > 0, clipped / divisor, torch.ones_like(snr))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Where channel-wise projections stand (Sec. 3.2), and into which weights each of them folds.
+"""Where projections stand (Sec. 3.2), and into which weights each of them folds.
 
 A place is the name of a submodule. `mid_block`, `down_blocks.i` and `up_blocks.i` are blocks, anything else is an
-operation (a convolution or linear layer), so that a file of named matrices says all. What is read from names and shapes
-alone serves a module in memory and a streamed checkpoint alike; `shapes` is key -> shape of a component's tensors.
+operation (a convolution or linear layer), so that a file of named matrices says all. A channel-wise projection is named
+as its place, a spatial one `<place>|spatial`. What is read from names and shapes alone serves a module in memory and a
+streamed checkpoint alike; `shapes` is key -> shape of a component's tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import nn
 
 from deme_diffusion.errors import UserError
+from deme_diffusion.weight_files import SPATIAL
 
 Shapes = Mapping[str, Sequence[int]]
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block")
@@ -61,9 +63,44 @@ PLACEMENTS: Mapping[str, Callable[[nn.Module], list[str]]] = {
 """Every placement by its name in `decouple.projection`: module -> names of the places that P follows."""
 
 
-def is_block(place: str) -> bool:
-    """Whether P follows a whole block, by the place's name; else it follows an operation."""
-    return BLOCK.fullmatch(place) is not None
+def projections(module: nn.Module, placement: str, axes: str = "channel") -> list[str]:
+    """Names of the projections of a placement; with axes `both`, each place's channel-wise one before its spatial one.
+
+    A linear layer's tokens have no spatial axes, so only blocks and convolutions get a spatial one. Raises UserError
+    where no place is left.
+    """
+    places, shapes = PLACEMENTS[placement](module), shapes_of(module)
+    names = {place: (place, f"{place}{SPATIAL}") for place in places}
+    wanted = {"channel": slice(0, 1), "spatial": slice(1, 2), "both": slice(0, 2)}[axes]
+    found = [name for place in places for name in names[place][wanted] if shape_of(name, shapes) is not None]
+    kind = type(module).__name__
+    if placement != "none" and not places:
+        raise UserError(f"decouple.projection: {placement} finds no place in a {kind}; use none")
+    if axes != "channel" and placement != "none" and not any(map(is_spatial, found)):
+        raise UserError(
+            f"decouple.projection_axes: {axes}: no convolution among the places of {placement} in a {kind}; use channel"
+        )
+    return found
+
+
+def is_spatial(name: str) -> bool:
+    """Whether a projection is a depthwise convolution D_s, by its name; else it is a matrix D over channels."""
+    return name.endswith(SPATIAL)
+
+
+def place_of(name: str) -> str:
+    """The place that a projection follows."""
+    return name.removesuffix(SPATIAL)
+
+
+def weighted_as(name: str) -> str:
+    """Name of the parameter whose merge weights a projection has that stays beside the weights."""
+    return f"{place_of(name)}.weight"
+
+
+def is_block(name: str) -> bool:
+    """Whether a projection follows a whole block, by its name; else it follows an operation."""
+    return BLOCK.fullmatch(place_of(name)) is not None
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -75,6 +112,30 @@ def width(place: str, shapes: Shapes) -> int | None:
     """C at a place: channels of what an operation gives, or of a block's hidden states; None where nothing is."""
     key = f"{_last_resnet(place, shapes)}.conv2.weight" if is_block(place) else f"{place}.weight"
     return shapes[key][0] if len(shapes.get(key, ())) > 1 else None  # a norm's weight has one axis, and mixes nothing
+
+
+def shape_of(name: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """(C, C) of a channel-wise projection, (C, 1, 3, 3) of a spatial one; None where the model has no such place."""
+    place = place_of(name)
+    channels = width(place, shapes)
+    if channels is None or not is_spatial(name):
+        return None if channels is None else (channels, channels)
+    flat = not is_block(place) and len(shapes[f"{place}.weight"]) != 4
+    return None if flat else (channels, 1, 3, 3)
+
+
+def folding(names: Collection[str], keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Name -> the operations that each of a model's projections folds into, in the order in which they act; or none.
+
+    A spatial one never folds: a depthwise 3x3 after a convolution is a larger kernel, and another one at the borders.
+    Nor does a block's where one that stays acts between it and the operation, since the two do not commute.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in sorted(names, key=lambda name: (is_block(name), name)):
+        onto = () if is_spatial(name) else operations(name, keys)
+        between = is_block(name) and any(f"{operation}{SPATIAL}" in names for operation in onto)
+        found[name] = () if between else onto
+    return found
 
 
 def operations(place: str, keys: Collection[str]) -> tuple[str, ...]:

@@ -1,37 +1,39 @@
-"""Runs a graph's stages here: one after another, or in K processes pinned to devices. Run again is resume.
+"""Runs the stages of graphs here: one after another, or in K processes pinned to devices. Run again is resume.
 
-Under `accelerate launch` or `torchrun` the main process does so, and `together` calls the others into the trainings.
+One graph is a run, whose first failure ends it. Several are an experiment: what their stages share is made once, and
+where one fails, all that does not depend on it goes on. Under `accelerate launch` or `torchrun` the main process runs
+the stages, and `together` calls the others into the trainings.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from deme_diffusion import processes
 from deme_diffusion.artefacts import Artefact, Store
-from deme_diffusion.config import Recipe, RuntimeSettings
-from deme_diffusion.errors import Interrupted, MachineError
+from deme_diffusion.config import RuntimeSettings
+from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.merging.search import noise_warning
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.workers import Opened, Pool, checked, threads_of
 
 if TYPE_CHECKING:
     from deme_diffusion.pipeline.together import Channel
 
 log = logging.getLogger(__name__)
 Finished = Callable[[Node, Artefact, bool], None]
+Wanted = Sequence[tuple[Graph, Sequence[Node]]]
 TRAININGS = ("pretrain", "extractor", "decouple")
 """Stages before the first of which `preflight` looks for what would stop the run later."""
+DIED = "a process of ours died (out of memory?); lower runtime.jobs or batch sizes, and run again to go on"
 
 
 def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished) -> None:
@@ -39,10 +41,9 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
 
     Raises Interrupted when a signal stopped a stage that can go on, and whatever a stage raises.
     """
-    if graph.recipe.runtime.deterministic:  # before CUDA starts, here or in a worker
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if processes.count() == 1:
-        _run(graph, store, nodes, finished, None)
+        with Engine(store, graph.recipe.runtime, finished) as engine:
+            engine.run([(graph, nodes)])
         return
     from deme_diffusion.pipeline import together
 
@@ -50,212 +51,247 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
     if not processes.is_main():
         together.follow(channel, graph, store)
         return
-    with channel.leading():
-        _run(graph, store, nodes, finished, channel)
+    with channel.leading(), Engine(store, graph.recipe.runtime, finished, channel=channel) as engine:
+        engine.run([(graph, nodes)])
 
 
-def _run(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, channel: Channel | None) -> None:
-    waiting = []
-    for node in nodes:
-        artefact = store.find(node.key)
-        if artefact is None:
-            waiting.append(node)
+@dataclass(frozen=True)
+class _Task:
+    """A stage with the graph that makes it."""
+
+    graph: Graph
+    node: Node
+
+
+@dataclass
+class _Queue:
+    """What is left to make, what is being made, and what was when a process died."""
+
+    missing: dict[str, _Task]
+    running: dict[Future[None], _Task] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)
+
+    def ready(self, jobs: int) -> list[_Task]:
+        """What can start now in so many processes; a suspect does so alone, to learn which of them was the cause."""
+        unfinished = {*self.missing, *(task.node.digest for task in self.running.values())}
+        if self.suspects & {task.node.digest for task in self.running.values()}:
+            return []
+        found = [t for t in self.missing.values() if not any(p.digest in unfinished for p in t.node.parents.values())]
+        found.sort(key=lambda task: -task.node.steps)
+        calm = [task for task in found if task.node.digest not in self.suspects]
+        return calm[: jobs - len(self.running)] if calm or self.running else found[:1]
+
+    def put_back(self) -> bool:
+        """After a process died: whether what was running did so alone, and so was the cause."""
+        back = {task.node.digest: task for task in self.running.values()}
+        self.missing |= back
+        self.suspects |= set(back)
+        self.running.clear()
+        return len(back) == 1
+
+
+class Engine:
+    """Makes the stages of graphs in one store, by the settings of one runtime; a context, which its processes end with.
+
+    What fails of the first graph ends it all. Of the others it is noted, and what depends on it left: `error_of` tells.
+    """
+
+    def __init__(
+        self, store: Store, runtime: RuntimeSettings, finished: Finished, *, channel: Channel | None = None
+    ) -> None:
+        self.store, self.runtime, self.finished, self.channel = store, runtime, finished, channel
+        self.several, self.essential = False, set[str]()
+        self.failures: dict[str, Exception] = {}
+        self.refused: dict[Graph, Exception] = {}
+        self.told: set[str] = set()
+        self.opened: Opened | None = None
+        self.pool = Pool(store, runtime)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.close()
+
+    def run(self, wanted: Wanted) -> None:
+        """Make what is not done: a stage of several graphs once, the longest training first, exclusive ones last."""
+        if any(graph.recipe.runtime.deterministic for graph, _ in wanted):  # before CUDA starts, here or in a worker
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self.several, self.essential = len(wanted) > 1, {node.digest for node in wanted[0][1]}
+        waiting = self._waiting(wanted)
+        self._make([task for task in _once(waiting) if task.node.stage == "data"])
+        waiting = self._looked_ahead(waiting)
+        tasks = [task for task in _once(waiting) if task.node.stage != "data"]
+        self._make([task for task in tasks if not task.node.exclusive])
+        alone = [task for task in tasks if task.node.exclusive]
+        if alone:  # nothing is beside them
+            self.pool.close()
+            self._make_here(alone)
+
+    def error_of(self, graph: Graph, nodes: Sequence[Node]) -> Exception | None:
+        """Why some stages of a graph could not be made, None where they could."""
+        return self.refused.get(graph) or next((e for n in nodes if (e := self.failures.get(n.digest))), None)
+
+    def _said(self, graph: Graph, node: Node) -> str:
+        return f"{graph.recipe.name}: {node.label}" if self.several else node.label
+
+    def _waiting(self, wanted: Wanted) -> list[tuple[Graph, list[Node]]]:
+        """What is left to do of each graph; what is done is told, once for all."""
+        found: dict[str, Artefact | None] = {}
+        for _, nodes in wanted:
+            for node in nodes:
+                if node.digest not in found:
+                    found[node.digest] = artefact = self.store.find(node.key)
+                    if artefact is not None:
+                        self._tell(node, artefact, True)
+        done = sum(artefact is not None for artefact in found.values())
+        log.info("%d of %d stages are done already", done, len(found))
+        waiting = [(graph, [node for node in nodes if found[node.digest] is None]) for graph, nodes in wanted]
+        _warn_of_noise(*next(iter(waiting), (None, [])))
+        return waiting
+
+    def _tell(self, node: Node, artefact: Artefact, reused: bool) -> None:
+        if node.digest not in self.told:  # of a second run() what the first one made is nothing new
+            self.told.add(node.digest)
+            self.finished(node, artefact, reused)
+
+    # -- before the first training -----------------------------------------------------------------
+
+    def _looked_ahead(self, waiting: list[tuple[Graph, list[Node]]]) -> list[tuple[Graph, list[Node]]]:
+        """The graphs in which `preflight` finds nothing wrong."""
+        left = [(graph, [n for n in nodes if n.stage != "data" and not n.exclusive]) for graph, nodes in waiting]
+        checks = [(graph, nodes) for graph, nodes in left if any(node.stage in TRAININGS for node in nodes)]
+        checks = [(graph, nodes) for graph, nodes in checks if not self._depends_on_failed(nodes)]
+        if not checks:
+            return waiting
+        if self._jobs([node for _, nodes in left for node in nodes]) > 1:
+            with self._stopping({}):
+                errors = self.pool.check(checks)
         else:
-            finished(node, artefact, True)
-    log.info("%d of %d stages are done already", len(nodes) - len(waiting), len(nodes))
-    _warn_of_noise(graph, waiting)
-    shared = [node for node in waiting if not node.exclusive]
-    alone = [node for node in waiting if node.exclusive]
-    jobs = min(graph.recipe.runtime.jobs, len(shared))
-    if jobs > 1:
-        _run_in_processes(graph, store, shared, jobs, finished)
-    else:
-        _run_here(graph, store, shared, finished, channel)
-    _run_here(graph, store, alone, finished, channel)
+            errors = [checked(self._open().of(graph), nodes) for graph, nodes in checks]
+        for (graph, _), error in zip(checks, errors, strict=True):
+            if error is not None:
+                self.refused[graph] = self._noted(error, graph.recipe.name, fatal=graph is waiting[0][0])
+        return [(graph, nodes) for graph, nodes in waiting if graph not in self.refused]
 
+    def _depends_on_failed(self, nodes: Sequence[Node]) -> bool:
+        return any(parent.digest in self.failures for node in nodes for parent in node.parents.values())
 
-def _warn_of_noise(graph: Graph, waiting: Sequence[Node]) -> None:
-    """Before any training: what a search that is left to do will find may be noise."""
-    counts = [node.arguments["experts"] for node in waiting if node.stage == "search"]
-    if counts and (warning := noise_warning(max(counts), graph.recipe.merge)):
-        log.warning("%s", warning)
+    def _open(self) -> Opened:
+        self.opened = self.opened or Opened(self.store)
+        return self.opened
 
+    def _jobs(self, nodes: Sequence[Node]) -> int:
+        return min(self.runtime.jobs, len({node.digest for node in nodes}))
 
-def _run_here(graph: Graph, store: Store, nodes: Sequence[Node], finished: Finished, channel: Channel | None) -> None:
-    if not nodes:
-        return
-    import torch
+    # -- making ------------------------------------------------------------------------------------
 
-    from deme_diffusion.pipeline import preflight
-    from deme_diffusion.pipeline.stages import Stages
+    def _make(self, tasks: Sequence[_Task]) -> None:
+        if self._jobs([task.node for task in tasks]) > 1:
+            self._make_in_processes(tasks)
+        else:
+            self._make_here(tasks)
 
-    stages = Stages(graph, store)
-    first = next((i for i, node in enumerate(nodes) if node.stage in TRAININGS), None)
-    for i, node in enumerate(nodes):
-        torch.set_num_threads(threads_of(graph.recipe.runtime, alone=node.exclusive))
-        if i == first:
-            preflight.check(stages, nodes[i:])
-        log.info("%s", node.label)
-        make = stages.make(node) if channel is None else channel.shared(node, stages.make(node))
-        finished(node, store.produce(node.key, make), False)
+    def _make_here(self, tasks: Sequence[_Task]) -> None:
+        if not tasks:
+            return
+        import torch
 
+        for node, stages in ((task.node, self._open().of(task.graph)) for task in tasks):
+            if self._left(node):
+                continue
+            torch.set_num_threads(threads_of(stages.recipe.runtime, alone=node.exclusive))
+            log.info("%s", self._said(stages.graph, node))
+            make = stages.make(node) if self.channel is None else self.channel.shared(node, stages.make(node))
+            try:
+                artefact = self.store.produce(node.key, make)
+            except Exception as error:
+                self._failed(stages.graph, node, error)
+            else:
+                self._tell(node, artefact, False)
 
-def _run_in_processes(graph: Graph, store: Store, nodes: Sequence[Node], jobs: int, finished: Finished) -> None:
-    """Whatever is ready goes to a free process, the longest training first."""
-    missing = {node.digest: node for node in nodes}
-    running: dict[Future[float], Node] = {}
-    unchecked = any(node.stage in TRAININGS for node in nodes)
-    with _environment(graph.recipe.runtime), _pool(graph, store, jobs) as pool:
+    def _make_in_processes(self, tasks: Sequence[_Task]) -> None:
+        """Whatever is ready goes to a free process, the longest training first."""
+        queue = _Queue({task.node.digest: task for task in tasks})
+        with self._stopping(queue.running):
+            while queue.missing or queue.running:
+                for task in [task for task in queue.missing.values() if self._left(task.node)]:
+                    del queue.missing[task.node.digest]
+                for task in queue.ready(self.runtime.jobs):
+                    log.info("%s", self._said(task.graph, task.node))
+                    queue.running[self.pool.make(task.graph, task.node)] = task
+                    del queue.missing[task.node.digest]
+                for future in wait(queue.running, return_when=FIRST_COMPLETED).done:
+                    if future in queue.running:
+                        self._ended(future, queue)
+
+    def _ended(self, future: Future[None], queue: _Queue) -> None:
+        graph, node = queue.running[future].graph, queue.running[future].node
         try:
-            while missing or running:
-                if unchecked and not any(node.stage == "data" for node in (*missing.values(), *running.values())):
-                    pool.submit(_check, list(missing)).result()
-                    unchecked = False
-                ready = [n for n in missing.values() if not _parents_in(n, missing, running)]
-                for node in sorted(ready, key=lambda n: -n.steps)[: jobs - len(running)]:
-                    log.info("%s", node.label)
-                    running[pool.submit(_run_one, node.digest)] = missing.pop(node.digest)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    node = running.pop(future)
-                    future.result()
-                    artefact = store.find(node.key)
-                    assert artefact is not None, f"{node.label} finished without an artefact"
-                    finished(node, artefact, False)
+            future.result()
+        except BrokenProcessPool:
+            if not self.several:
+                raise
+            self.pool.close()
+            if queue.put_back():
+                self._failed(graph, node, MachineError(DIED))
+                del queue.missing[node.digest]
+            return
+        except Exception as error:
+            self._failed(graph, node, error)
+        else:
+            artefact = self.store.find(node.key)
+            assert artefact is not None, f"{node.label} finished without an artefact"
+            self._tell(node, artefact, False)
+        del queue.running[future]
+
+    # -- failing -----------------------------------------------------------------------------------
+
+    def _failed(self, graph: Graph, node: Node, error: Exception) -> None:
+        fatal = not self.several or node.digest in self.essential
+        self.failures[node.digest] = self._noted(error, self._said(graph, node), fatal=fatal)
+
+    def _noted(self, error: Exception, label: str, *, fatal: bool) -> Exception:
+        """The error, logged; raised where it ends everything."""
+        if fatal or isinstance(error, Interrupted):
+            raise error
+        expected = isinstance(error, UserError | MachineError)
+        log.error("%s failed: %s", label, " ".join(str(error).split()), exc_info=None if expected else error)
+        return error
+
+    def _left(self, node: Node) -> bool:
+        """Whether a stage is not to be made, since it needs one that failed: then it failed for the same reason."""
+        errors = (self.failures.get(parent.digest) for parent in node.parents.values())
+        error = next((error for error in errors if error), None)
+        if error is not None:
+            self.failures[node.digest] = error
+        return error is not None
+
+    @contextmanager
+    def _stopping(self, running: dict[Future[None], _Task]) -> Iterator[None]:
+        """Whatever ends the block ends what the processes are at, with checkpoints."""
+        try:
+            yield
         except BaseException as error:
-            _stop(pool, running)
+            self.pool.stop(running)
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted("stopped; stages that were training have written checkpoints") from None
             if isinstance(error, BrokenProcessPool):
-                why = (
-                    "a process of ours died (out of memory?); lower runtime.jobs or batch sizes, and run again to go on"
-                )
-                raise MachineError(why) from None
+                raise MachineError(DIED) from None
             raise
 
 
-def threads_of(runtime: RuntimeSettings, *, alone: bool = False) -> int:
-    """CPU threads of a process: by the recipe alone, not by how many stages are left, or last bits would differ."""
-    wanted = runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or max(1, cores // (1 if alone else runtime.jobs * processes.on_this_machine()))
+def _once(waiting: Wanted) -> list[_Task]:
+    """Every stage once, parents first: equal keys are one stage, whichever graph names it."""
+    tasks: dict[str, _Task] = {}
+    for graph, nodes in waiting:
+        for node in nodes:
+            tasks.setdefault(node.digest, _Task(graph, node))
+    return list(tasks.values())
 
 
-def _parents_in(node: Node, missing: dict[str, Node], running: dict[Future[float], Node]) -> bool:
-    unfinished = {*missing, *(other.digest for other in running.values())}
-    return any(parent.digest in unfinished for parent in node.parents.values())
-
-
-def _stop(pool: ProcessPoolExecutor, running: dict[Future[float], Node]) -> None:
-    """Ask the processes to checkpoint and stop, and wait for them."""
-    for process in getattr(pool, "_processes", {}).values():
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGTERM)
-    for future in running:
-        future.cancel()
-    wait(running, timeout=60)
-
-
-class _environment:
-    """What the worker processes inherit: it must be set before they start, or before torch is imported there."""
-
-    def __init__(self, runtime: RuntimeSettings) -> None:
-        # glibc hands large blocks back to the system whenever they are freed; on a CPU the page faults of getting
-        # them again are 7% of a training step.
-        keep = {name: os.environ.get(name, str(2**30)) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-        self.values = {"OMP_NUM_THREADS": str(threads_of(runtime)), **keep}
-        self.before = dict[str, str | None]()
-
-    def __enter__(self) -> None:
-        self.before = {key: os.environ.get(key) for key in self.values}
-        os.environ.update(self.values)
-
-    def __exit__(self, *error: object) -> None:
-        for key, value in self.before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-def _pool(graph: Graph, store: Store, jobs: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(jobs):
-        numbers.put(number)
-    level = logging.getLogger().getEffectiveLevel()
-    arguments = (graph.pinned().model_dump(mode="json"), str(store.root), numbers, level)
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=arguments)
-
-
-_worker: Any = None
-_opens: tuple[dict[str, Any], str] = ({}, "")
-_busy = _stopping = False
-
-
-def _start_worker(recipe: dict[str, Any], root: str, numbers: Any, level: int) -> None:
-    """What a worker is, before its first job opens the graph; on a machine with several GPUs it sees one of them."""
-    global _opens
-    _opens = recipe, root
-    number = numbers.get()
-    os.environ["TQDM_POSITION"] = str(number)  # a line of the terminal for each process's progress bar
-    devices = _visible_devices()
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
-
-
-def _open() -> Any:
-    """The worker's stages, opened once: in a job, since of what an initializer raises the parent learns nothing."""
-    global _worker
-    if _worker is None:
-        from deme_diffusion.pipeline.stages import Stages
-
-        recipe, root = _opens
-        graph = Graph(Recipe.model_validate(recipe), download=True)
-        graph.fishers()  # which the parent may have asked for, whatever the recipe's method
-        _worker = Stages(graph, Store(Path(root)))
-    return _worker
-
-
-def _visible_devices() -> list[str]:
-    """CUDA devices of this process, found without importing torch (which would fix the choice)."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
-    driver = Path("/proc/driver/nvidia/gpus")
-    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    """Ends the stage that is being made; an idle process waits for the pool to end it, without a traceback.
-
-    It must not die: the pool would take that for a crash, and kill the others before their checkpoints.
-    """
-    global _stopping
-    again, _stopping = _stopping, True
-    if _busy and not again:  # a second one, as a process group gets, must not break into what ends the stage
-        raise KeyboardInterrupt
-
-
-def _check(digests: Sequence[str]) -> None:
-    """The look ahead, in a worker, which keeps what it opens for the stages that it will make."""
-    from deme_diffusion.pipeline import preflight
-
-    stages = _open()
-    preflight.check(stages, [stages.graph.node(digest) for digest in digests])
-
-
-def _run_one(digest: str) -> float:
-    global _busy
-    started = time.perf_counter()
-    _busy = True
-    try:
-        if _stopping:
-            raise KeyboardInterrupt
-        stages = _open()
-        node = stages.graph.node(digest)
-        stages.store.produce(node.key, stages.make(node))
-    finally:
-        _busy = False
-    return time.perf_counter() - started
+def _warn_of_noise(graph: Graph | None, waiting: Sequence[Node]) -> None:
+    """Before any training: what a search that is left to do will find may be noise."""
+    counts = [node.arguments["experts"] for node in waiting if node.stage == "search"]
+    if graph and counts and (warning := noise_warning(max(counts), graph.recipe.merge)):
+        log.warning("%s", warning)

@@ -21,6 +21,7 @@ ASSUMED = (
     "at 40 TFLOP/s in fp16 or bf16 and 20 in TF32 (plain float32 takes about twice as long), as of an A100; "
     "assumed, not measured"
 )
+WAITS = "the division waits for the similarity of gradients: subsets are not known before that stage is done"
 KINDS = {"pretrain": "training", "decouple": "training", "search": "search", "sample": "sampling"}
 LONGEST_ON_CORES, SHORTEST_ON_GPU = 14 * 24 * 3600, 600
 """Seconds: what takes longer is nothing for cores; what takes less, no GPU would run at its rate."""
@@ -48,6 +49,7 @@ def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
         "download": next((entry["name"] for entry in downloads if entry["kind"] == "model"), None),
         "downloads": downloads,
         "stages": stages,
+        "provisional": graph.waits(nodes),
         "steps": sum(node.steps for node in missing),
         **_estimates(graph, missing, needs.model_cost(graph)),
     }
@@ -73,6 +75,19 @@ def _estimates(graph: Graph, missing: Sequence[Node], cost: Cost | None) -> dict
     }
 
 
+def seconds_of(left: Sequence[tuple[Graph, Node]]) -> float | None:
+    """Seconds on this machine's cores for stages of several graphs; None before anything is known of a base."""
+    costs: dict[str, Cost | None] = {}
+    total = 0.0
+    for graph, node in left:
+        if (base := graph.base.digest) not in costs:
+            costs[base] = needs.model_cost(graph)
+        if (cost := costs[base]) is None:
+            return None
+        total += needs.flops(graph, node, cost) / FLOPS_PER_CORE / min(graph.recipe.runtime.jobs, os.cpu_count() or 1)
+    return total
+
+
 def _by_kind(work: Sequence[tuple[Node, float]]) -> dict[str, float]:
     total = dict.fromkeys(("training", "search", "sampling", "measuring"), 0.0)
     for node, flops in work:
@@ -91,7 +106,7 @@ def _rate(recipe: Recipe, node: Node) -> float:
 
 def described(planned: dict[str, Any]) -> list[str]:
     """The plan's downloads and needs, a line each."""
-    return [*_downloads_said(planned["downloads"]), *_needs_said(planned)]
+    return [*([WAITS] if planned["provisional"] else []), *_downloads_said(planned["downloads"]), *_needs_said(planned)]
 
 
 def _downloads_said(downloads: list[dict[str, Any]]) -> list[str]:
@@ -118,8 +133,8 @@ def _needs_said(planned: dict[str, Any]) -> list[str]:
 
 
 def _times_said(planned: dict[str, Any]) -> list[str]:
-    cores = f"{_time(planned['seconds'])} on this machine's cores (a rough estimate)"
-    gpu = f"{_time(planned['gpu_hours'] * 3600)} on one GPU {planned['assumption']}"
+    cores = f"{time_said(planned['seconds'])} on this machine's cores (a rough estimate)"
+    gpu = f"{time_said(planned['gpu_hours'] * 3600)} on one GPU {planned['assumption']}"
     fits = planned["seconds"] <= LONGEST_ON_CORES
     worth = not fits or planned["gpu_hours"] * 3600 >= SHORTEST_ON_GPU
     return [said for said, wanted in ((gpu, worth), (cores, fits)) if wanted]
@@ -129,5 +144,6 @@ def _size(number: float) -> str:
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
 
 
-def _time(seconds: float) -> str:
+def time_said(seconds: float) -> str:
+    """Minutes, or hours of what takes longer."""
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.0f} hours"

@@ -9,7 +9,7 @@ from deme_diffusion.artefacts import Store
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.merges import HowToMerge, degenerate
-from deme_diffusion.pipeline.node import MERGE, Node
+from deme_diffusion.pipeline.node import MERGE, SIMILARITY, Node
 from deme_diffusion.report.cells import Figure, Row, metric_names
 from deme_diffusion.weight_files import read_json
 
@@ -41,7 +41,8 @@ def _not_searched(graph: Graph, seed: int, how: HowToMerge, values: list[float])
     if not how.method.weighted:
         return f"none; {how.method.name} takes none{same}"
     if values != how.method.default_weights(len(values)):
-        return f"{_listed(how.weights(tuple(values)))}, given{same}"
+        whose = "by SNR" if graph.recipe.merge.weighting == "snr" else "given"
+        return f"{_listed(how.weights(tuple(values)))}, {whose}{same}"
     more = f" and others for {len(how.rules)} patterns" if how.rules else ""
     return f"{values[0]:.3g} each{more}, default of {how.method.name}{same}"
 
@@ -61,9 +62,11 @@ def _which(graph: Graph, seed: int) -> str:
 def of_stage(store: Store, node: Node) -> dict[str, Any]:
     """What a search or a merge that is done came to: weights, whose they are, and of a search its value before, after.
 
-    Empty for other stages.
+    Of a similarity: its file, and what it says of pairs. Empty for other stages.
     """
     artefact = store.find(node.key)
+    if artefact is not None and node.stage == "similarity":
+        return {"file": str(artefact.path(SIMILARITY)), **artefact.results}
     if artefact is None or node.stage not in ("search", "merge"):
         return {}
     search = node if node.stage == "search" else node.parents.get("search")
@@ -76,6 +79,9 @@ def of_stage(store: Store, node: Node) -> dict[str, Any]:
 
 def line_of(found: Found) -> str:
     """The same for people."""
+    if "conflicting" in found:
+        means = f"mean cosine {found['mean']:.3f}, of neighbours {found['neighbours']:.3f}"
+        return f"{found['file']}: {found['conflicting']:.1%} of pairs conflict; {means}; error {found['error']:.3f}"
     listed = _listed(MergeWeights(tuple(found["weights"]), found.get("rules", {})))
     if "value" not in found:
         return f"weights {listed} ({found['source']})"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from deme_diffusion.artefacts import Store
 from deme_diffusion.config import Recipe, SamplerSettings
 from deme_diffusion.data.sources import SplitName
-from deme_diffusion.division import whole
+from deme_diffusion.division import Runs, uniform, whole
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.pipeline import extractors, images, merges
+from deme_diffusion.pipeline.dividing import inner_edges
 from deme_diffusion.pipeline.inputs import Input
-from deme_diffusion.pipeline.models import Models, make_division, served_ranges
+from deme_diffusion.pipeline.models import Models, served_ranges
 from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.report.cells import REAL_IMAGES
 
@@ -20,9 +22,12 @@ SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
 
 
 class Graph(Models):
-    """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of."""
+    """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of.
 
-    def __init__(self, recipe: Recipe, *, download: bool = False) -> None:
+    A division by gradients is a function of what the stage `similarity` left in the `store`, `provisional` before.
+    """
+
+    def __init__(self, recipe: Recipe, *, download: bool = False, store: Store | None = None) -> None:
         super().__init__()
         merges.check(recipe)
         self.recipe = recipe
@@ -33,7 +38,8 @@ class Graph(Models):
         self.extractor = self._extractor(download)
         given = self.extractor if isinstance(self.extractor, Input) else None
         self.published = extractors.published(recipe, given)
-        self.division = make_division(recipe, self.base)
+        self._divide(store)
+        self.loss_ranges = self._loss_ranges()
         samplers = {f"evaluate.samplers.{i}": sampler for i, sampler in enumerate(recipe.evaluate.samplers)}
         for key, sampler in {**samplers, "merge.sampler": recipe.merge.sampler}.items():
             check_sampler(sampler, self.division.num_timesteps, key=key)
@@ -80,6 +86,13 @@ class Graph(Models):
             models.append(Served("merged", (self.merged[seed],)))
         return models
 
+    def _loss_ranges(self) -> list[Runs]:
+        """The ranges that the loss is told by: those that are served, or so many equal ones."""
+        count = self.recipe.evaluate.loss_ranges
+        if count is None:
+            return served_ranges(self.division)
+        return served_ranges(uniform(count, self.division.num_timesteps, key="evaluate.loss_ranges"))
+
     # -- measuring ---------------------------------------------------------------------------------
 
     def _evaluated(self, served: Served, seed: int) -> None:
@@ -96,7 +109,8 @@ class Graph(Models):
         parents: dict[str, Node | Input] = {"reference": self._features("report split", None, "report"), **features}
         parents |= {"published": self.published} if self.published else {}
         if served.parts:
-            covered |= {"ranges": served_ranges(self.division), "loss": settings.loss.changed()}
+            covered |= {"ranges": self.loss_ranges, "loss": settings.loss.changed()}
+            covered |= self._waiting() if settings.loss_ranges is None else {}
             parents |= {"data": self.data, **_model_parents(served, self.base)}
         arguments = {"served": served, "samples": list(features)}
         label = self._named(f"evaluate {served.name}", seed)
@@ -161,10 +175,14 @@ class Graph(Models):
         return extractors.extractor_name(self.recipe)
 
     def pinned(self) -> Recipe:
-        """The recipe with what is on the hub pinned to its commits: what other processes must open."""
+        """The recipe for other processes: hub inputs at their commits, a division by gradients at its edges."""
         parts = {"model": self.base, "extractor": self.extractor, "data": self.source}
         commits = {name: part.commit for name, part in parts.items() if isinstance(part, Input) and part.commit}
         pinned = {name: getattr(self.recipe, name).model_copy(update={"revision": c}) for name, c in commits.items()}
+        decouple = self.recipe.decouple
+        if decouple.division == "gradient_similarity" and not self.provisional:
+            edges = {"division": "explicit", "edges": inner_edges(self.division), "similarity_file": None}
+            pinned["decouple"] = decouple.model_copy(update=edges)
         return self.recipe.model_copy(update=pinned)
 
 

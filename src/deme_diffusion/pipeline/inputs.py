@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from deme_diffusion.config import DataSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
-from deme_diffusion.weight_files import PROJECTIONS, read_json
+from deme_diffusion.weight_files import AVERAGED, NO_BASE, PROJECTIONS, read_json
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
@@ -159,11 +159,18 @@ def component_of(base: Path) -> Path:
         instead = f", only {others[0]}, and pickles are never loaded" if others else ""
         raise UserError(f"{folders[0]}: no safetensors{instead}; {CONVERT}")
     if (folders[0] / PROJECTIONS).is_file():  # told again where it is loaded, of bases that a dry run does not see
-        raise UserError(
-            f"{folders[0] / PROJECTIONS}: a base must be whole without projections; take the model that was merged, or "
-            "one made with decouple.projection residual or none"
-        )
+        raise UserError(f"{folders[0] / PROJECTIONS}: {NO_BASE}")
     return folders[0]
+
+
+def check_average(base: Path) -> None:
+    """Raises UserError where no average of a pipeline's denoiser lies beside it, as diffusers' scripts leave one."""
+    component = component_of(base)
+    name = component.name if component.name in COMPONENTS else COMPONENTS[0]
+    folder = base / f"{name}{AVERAGED}"
+    if not any(folder.glob("*.safetensors")):
+        what = f"{folder} has no safetensors" if folder.is_dir() else f"there is no {folder}"
+        raise UserError(f"decouple.init=ema: {what}; take a base with an average beside it, or init=pretrained")
 
 
 def timesteps_of(base: Input) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ class Measuring(Workbench):
     @cached_property
     def extractor(self) -> Extractor:
         """The recipe's extractor, on the device that `runtime.device` names."""
-        return load_extractor(self.folder(self.graph.extractor), self.recipe.extractor.kind).to(self.device)
+        folder, kind = self.folder(self.graph.extractor), self.recipe.extractor.kind
+        key = (kind, self.graph.extractor.digest, str(self.device))
+        return self.shared.get("extractor", key, lambda: load_extractor(folder, kind).to(self.device))
 
     def _sample(self, node: Node, folder: Path) -> Mapping[str, Any]:
         sampler: SamplerSettings = node.arguments["sampler"]
@@ -115,6 +117,7 @@ class Measuring(Workbench):
         batch_size = 16
         rows = {}
         for served in node.arguments["models"]:
+            load, load_spread = cost.load_time([partial(self.component, part) for part in served.parts])
             module = self.module(served)
             milliseconds, spread = cost.latency(self.denoiser, module, sampler, batch_size)
             memory = cost.peak_memory(self.denoiser, module, sampler, batch_size)
@@ -124,9 +127,11 @@ class Measuring(Workbench):
                 * len(served.parts),
                 "latency": milliseconds,
                 "latency_spread": spread,
+                "load": load,
+                "load_spread": load_spread,
                 "peak_memory": memory,
                 "disk": cost.disk([self.component_folder(part) for part in served.parts]),
             }
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         protocol = {"batch": batch_size, "threads": torch.get_num_threads(), "device": device}
-        write_json(folder / COSTS, {"models": rows, "protocol": protocol, "repeats": cost.REPEATS})
+        write_json(folder / COSTS, {"models": rows, "protocol": protocol, "repeats": cost.REPEATS, "loads": cost.LOADS})

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from deme_diffusion.config import MergeSettings, MethodOptions, Recipe
+from deme_diffusion.division import Division
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.selection import Kept, MergeWeights
 from deme_diffusion.merging.table import Method, method
 
 SAID = ("method", "options", "weights_for", "keep", "dtype", "max_shard_size", "fisher_samples")
 """Settings that `HowToMerge`, and the stages beside a merge, say in their own way."""
+SNR_LIMIT = 5.0
+"""Of an SNR that weighs a range: gamma of Min-SNR as its paper has it."""
 KEEPS_ONE = ("task_arithmetic", "slerp", "fisher")
 """Methods that give an expert itself for a weight of 1 on it and 0 on the others."""
 Rules = Mapping[str, tuple[float, ...]]
@@ -88,6 +95,18 @@ def how(settings: MergeSettings, num_experts: int, *, uniform: bool = False, alo
     )
 
 
+def snr_weights(division: Division, snr: npt.NDArray[np.float64], method: Method) -> list[float]:
+    """Weights (N,) by the (T,) SNR: w_i is the share of sum_t min(SNR(t), 5) in the timesteps that expert i serves.
+
+    That is the share of Min-SNR's weights of the clean image's error (Hang et al. 2023). Their sum is that of the
+    method's default weights: 1, or N where those are 1 each.
+    """
+    shares = np.minimum(snr, SNR_LIMIT)
+    served = [math.fsum(shares[division.route == i]) for i in range(division.num_experts)]
+    scale = math.fsum(method.default_weights(len(served))) / math.fsum(served)
+    return [round(value * scale, 12) for value in served]  # the last bits are the machine's, and go into a digest
+
+
 def degenerate(weights: MergeWeights, method_name: str) -> str:
     """What a reader must know when a search chose none, or one, of the experts; '' where that is not so.
 
@@ -128,6 +147,8 @@ def _check_method(settings: MergeSettings, experts: int) -> None:
         return
     if settings.search != "none":
         raise UserError(f"merge.search={settings.search}: method {settings.method} takes no weights; use search=none")
+    if settings.weighting == "snr":
+        raise UserError(f"merge.weighting=snr: method {settings.method} takes no weights; use weighting=uniform")
     for name in ("weights", "weights_for"):
         if getattr(settings, name):
             raise UserError(f"merge.{name}: method {settings.method} takes no weights; leave it out")

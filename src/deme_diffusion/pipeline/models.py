@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deme_diffusion.artefacts import Store
 from deme_diffusion.config import MergeSettings, Recipe, TrainSettings
-from deme_diffusion.division import DIVISIONS, Division, Runs, name_of
+from deme_diffusion.division import Division, Runs, name_of, whole
 from deme_diffusion.merging.search import check_search, shaped_by_loss, shaping
-from deme_diffusion.pipeline import extractors, images, merges
-from deme_diffusion.pipeline.inputs import Input, check_unseen, component_of, resolve, timesteps_of
+from deme_diffusion.pipeline import dividing, extractors, images, merges
+from deme_diffusion.pipeline.inputs import Input, check_average, check_unseen, component_of, resolve
 from deme_diffusion.pipeline.node import Node, Vertices
 
 SPLITTING = ("num_ranges", "division", "overlap", "division_seed", "edges", "similarity_file", "total_steps",
              "range_steps", "range_learning_rates", "learning_rate")  # fmt: skip
 """Settings of `decouple` that a training knows as its subset, steps and learning rate."""
+WAITING = "division of"
+"""In the keys of stages that hold a placeholder instead of a subset."""
 
 
 class Models(Vertices):
@@ -27,6 +30,10 @@ class Models(Vertices):
     base: Node | Input
     extractor: Node | Input
     division: Division
+    similarity: Node | None
+    """The comparison of gradients that the division is made by, of which it is a function once that is done."""
+    provisional: bool
+    """The division waits for the similarity: subsets are placeholders, and what is made by them has keys of its own."""
     experts: dict[int, list[Node]]
     searches: dict[int, Node]
 
@@ -50,6 +57,8 @@ class Models(Vertices):
             base = resolve(model.pretrained, model.revision, key=key, needs=needs, download=download)
             if base.path is not None:
                 component_of(base.path)
+                if self.recipe.decouple.init == "ema":
+                    check_average(base.path)
             check_unseen(base, self.recipe.data, self.images, key=key)
             return base
         covered = settings.changed() | _validated(self.recipe, settings)
@@ -68,6 +77,7 @@ class Models(Vertices):
         settings = self.recipe.decouple
         covered = {k: v for k, v in settings.changed().items() if k not in SPLITTING}
         covered |= {"subset": subset, "steps": steps, "learning_rate": learning_rate}
+        covered |= {} if subset == whole(self.division.num_timesteps) else self._waiting()
         covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
         arguments = {"subset": subset, "steps": steps, "learning_rate": learning_rate, "copy": copy}
         parents = {"base": self.base, "data": self.data}
@@ -83,7 +93,7 @@ class Models(Vertices):
         loss = self.recipe.evaluate.loss.changed()
         covered = shaping(settings, how.method.name) | how.model
         covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
-        covered |= {"ranges": served_ranges(self.division)}
+        covered |= {"ranges": served_ranges(self.division), **self._waiting()}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
         parents |= self.informed(how, experts, seed)
         label = self._named(f"{label} weights", seed)
@@ -115,6 +125,29 @@ class Models(Vertices):
         parents = {"expert": expert, "data": self.data}
         return self._add("fisher", f"Fisher of {expert.label}", covered, parents, seed, arguments=arguments)
 
+    def compared(self) -> Node:
+        """The similarity of the base's gradients; where no division needs it, the stage comes into the graph here."""
+        settings = self.recipe.similarity
+        covered = {key: value for key, value in settings.changed().items() if key != "seed"}
+        parents = {"base": self.base, "data": self.data}
+        label = f"similarity of gradients in {settings.bins} bins"
+        return self._add("similarity", label, covered, parents, settings.seed)
+
+    def _divide(self, store: Store | None) -> None:
+        """Set the division; `provisional` where it is by gradients that were not compared yet, and a uniform one."""
+        self.similarity = self.compared() if dividing.compares(self.recipe) else None
+        found = dividing.compared_in(store, self.similarity)
+        self.provisional = self.similarity is not None and found is None
+        self.division = dividing.division_of(self.recipe, self.base, found)
+
+    def _waiting(self) -> dict[str, Any]:
+        """What sets keys apart that hold a placeholder."""
+        return {WAITING: self.similarity.digest} if self.provisional and self.similarity else {}
+
+    def waits(self, nodes: Sequence[Node]) -> bool:
+        """Whether some of these stages, or what they need, wait for the division."""
+        return any(WAITING in node.key.settings for node in self.needed(nodes))
+
     def fishers(self) -> list[Node]:
         """The Fisher information of all experts; where no merge needs it, the stages come into the graph here."""
         return [self.fisher(expert, seed) for seed, experts in self.experts.items() for expert in experts]
@@ -124,7 +157,7 @@ class Models(Vertices):
 
     def _expert(self, index: int, seed: int) -> Node:
         subset = self.division.subset(index)
-        label = f"expert {index} {name_of(subset)}"
+        label = f"expert {index} {'of a division to come' if self.provisional else name_of(subset)}"
         return self._decouple(label, subset, self.recipe.decouple.steps_of(index), self._rate(index), seed)
 
     def _searched(self, label: str, experts: Sequence[Node], seed: int) -> Node:
@@ -135,20 +168,17 @@ class Models(Vertices):
         merge = self.recipe.merge
         how = merges.how(merge, len(experts), alone=label == "all-timesteps-searched")
         if merge.search == "none":
-            given = merge.weights if merge.weights and len(merge.weights) == len(experts) else None
+            given: Sequence[float] | None = None
+            if merge.weights and len(merge.weights) == len(experts):
+                given = merge.weights
+            if merge.weighting == "snr" and label == "merged":
+                given = merges.snr_weights(self.division, dividing.snr_of(self.recipe, self.base), how.method)
             return self._merge(label, experts, seed, given or how.method.default_weights(len(experts)), how)
         check_search(len(experts), merge, how.method.name, fixed=how.fixed)
         search = self._search(label, experts, seed, merge, how)
         if label == "merged":
             self.searches[seed] = search
         return self._merge(label, experts, seed, search, how)
-
-
-def make_division(recipe: Recipe, base: Node | Input) -> Division:
-    """The recipe's division of the base's timesteps. Raises UserError when N does not fit into T."""
-    scheduler = recipe.pretrain.scheduler
-    timesteps = scheduler.num_train_timesteps if isinstance(base, Node) else timesteps_of(base)
-    return DIVISIONS[recipe.decouple.division](recipe.decouple.num_ranges, timesteps)
 
 
 def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:

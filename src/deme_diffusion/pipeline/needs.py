@@ -69,6 +69,8 @@ def flops(graph: Graph, node: Node, cost: Cost) -> float:
         return cost.flops * _searched(graph.recipe, node)
     if node.stage == "fisher":
         return cost.flops * 3 * int(node.arguments["samples"])  # forward and backward
+    if node.stage == "similarity":
+        return cost.flops * 3 * graph.recipe.similarity.bins * graph.recipe.similarity.num_images
     if node.stage == "features":
         return _extracted(graph.recipe, node)
     return cost.flops * (node.images + _loss_points(graph.recipe, "report") * _ranges(node))
@@ -216,6 +218,9 @@ def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
     for node in nodes:
         if node.stage in ("decouple", "pretrain"):
             most["training"] = max(most["training"], _training_memory(recipe, node, cost))
+        elif node.stage == "similarity":  # the base, a copy, the gradients of a batch and of a bin
+            needed = 4 * FLOAT * cost.parameters + cost.kept * recipe.decouple.train_batch_size
+            most["training"] = max(most["training"], needed)
         elif node.stage in ("sample", "search"):
             served = node.arguments.get("served")
             experts = len(served.parts) if served and served.ensemble else 1

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from deme_diffusion.artefacts import Key
 from deme_diffusion.pipeline.inputs import Input
 
 METRICS, COSTS, MERGE = "metrics.json", "cost.json", "merge.json"
+SIMILARITY = "similarity.npz"
 StageName = Literal[
-    "data", "pretrain", "extractor", "decouple", "fisher", "search", "merge", "sample", "features", "evaluate", "cost"
+    "data",
+    "pretrain",
+    "extractor",
+    "similarity",
+    "decouple",
+    "fisher",
+    "search",
+    "merge",
+    "sample",
+    "features",
+    "evaluate",
+    "cost",
 ]
 
 VERSIONS: dict[StageName, int] = {
     "data": 2,  # splits are shuffled once, max_images is a random choice
     "pretrain": 1,
     "extractor": 1,
+    "similarity": 1,
     "decouple": 1,
     "fisher": 1,
     "search": 2,  # the value of the base beside
@@ -25,7 +39,7 @@ VERSIONS: dict[StageName, int] = {
     "sample": 1,
     "features": 2,  # logits too; the statistics of real images beside
     "evaluate": 3,  # density, coverage, Inception score
-    "cost": 2,
+    "cost": 3,  # load time
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
 
@@ -47,7 +61,7 @@ class Node:
         """Name of the stage."""
         return self.key.stage
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The key's digest."""
         return self.key.digest
@@ -79,11 +93,11 @@ class Vertices:
     ) -> Node:
         inputs = {name: parent.digest for name, parent in parents.items()}
         key = Key(stage, VERSIONS[stage], self._covered(settings, parents), inputs, seed)
-        known = next((node for node in self.nodes if node.digest == key.digest and node.stage == stage), None)
-        if known is not None:
-            return known
-        self.nodes.append(Node(key, label, parents, **options))
-        return self.nodes[-1]
+        made = Node(key, label, parents, **options)
+        known = next((node for node in self.nodes if node.digest == made.digest), None)
+        if known is None:
+            self.nodes.append(made)
+        return known or made
 
     def _covered(self, settings: Mapping[str, Any], parents: Mapping[str, Node | Input]) -> Mapping[str, Any]:
         """The settings that enter a stage's key."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from deme_diffusion.artefacts import Artefact, Store
 from deme_diffusion.config import Recipe
-from deme_diffusion.errors import UserError
+from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.pipeline import found, table
 from deme_diffusion.pipeline.engine import run_stages
@@ -30,7 +30,10 @@ from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 RUNS, RUN, STORE = Path("runs"), "run.json", "store"
+ABLATIONS, RECORD = "ablations", "ablation.json"
+"""Where a run folder holds its experiments, and what each of them found."""
 GRID_IMAGES = 64
+Targets = Sequence[Node] | Callable[[Graph], Sequence[Node]]
 
 
 @dataclass
@@ -44,15 +47,45 @@ class Run:
     command: str = ""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def execute(self, targets: Sequence[Node] | None = None) -> None:
-        """Make the targets (all stages by default) and what they need; note each in `run.json` as it finishes."""
-        self._prepare()
-        nodes = self.graph.nodes if targets is None else self.graph.needed(targets)
-        run_stages(self.graph, self.store, nodes, finished=self._finished)
-        if is_main():
-            self._link()
+    def execute(self, targets: Targets | None = None) -> list[Node]:
+        """Make the targets (all stages by default) and what they need; note each in `run.json` as it finishes.
 
-    def _prepare(self) -> None:
+        A function of the graph gives targets that may wait for the division, which makes `graph` another one. Returns:
+        the targets.
+        """
+        wanted = self._wanted(targets)
+        self.prepare()
+        if self.graph.waits(wanted):
+            assert not isinstance(targets, Sequence), "what waits for the division has other stages afterwards"
+            self._divide()
+            wanted = self._wanted(targets)
+            self._note()
+        run_stages(self.graph, self.store, self.graph.needed(wanted), finished=self.finished)
+        if is_main():
+            self.link()
+        return wanted
+
+    def settle(self, nodes: Sequence[Node]) -> None:
+        """Where these stages wait for the division, make it; they are of another graph afterwards."""
+        if self.graph.waits(nodes):
+            self.prepare()
+            self._divide()
+
+    def _wanted(self, targets: Targets | None) -> list[Node]:
+        found = targets(self.graph) if callable(targets) else targets
+        return list(self.graph.nodes if found is None else found)
+
+    def _divide(self) -> None:
+        """Compare the gradients that the division is made by, and open the graph again."""
+        assert self.graph.similarity is not None, "only a division by gradients waits"
+        nodes = self.graph.needed([self.graph.similarity])
+        run_stages(self.graph, self.store, nodes, finished=self.finished)
+        self.graph = Graph(self.recipe, download=True, store=self.store)
+        if self.graph.provisional:
+            raise MachineError("the similarity of gradients was taken away after it was made; run again")
+
+    def prepare(self) -> None:
+        """Make the folder: the resolved recipe, and all stages by name. Raises UserError where another recipe's is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = self.folder / RESOLVED
         if resolved.exists():
@@ -82,7 +115,8 @@ class Run:
         stages = [{**self.stages.get(entry["digest"], {}), **entry} for entry in known]
         write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
 
-    def _finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
+    def finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
+        """Note a stage that is done in `run.json`."""
         log.log(logging.DEBUG if reused else logging.INFO, "%s: %s", node.label, _how(artefact, reused))
         self.stages[node.digest] = {"seconds": round(artefact.seconds, 2), "reused": reused, "steps": node.steps}
         self._note()
@@ -92,7 +126,7 @@ class Run:
         stages: list[dict[str, Any]] = read_json(self.folder / RUN).get("stages", [])
         return {entry["digest"]: entry for entry in stages}
 
-    def _link(self) -> None:
+    def link(self) -> None:
         """`base`, `experts/<i>` and `merged` beside the table; with several seeds `experts-seed<s>/<i>` and so on."""
         base = self.graph.base
         self._link_to(self.store.folder(base.key) if isinstance(base, Node) else base.folder, "base")
@@ -146,6 +180,7 @@ class Run:
             "grids": self._grids(seed),
             "base_model": self.graph.base.label,
             "merged_path": str(self.merged),
+            "ablations": [read_json(file) for file in sorted(self.folder.glob(f"{ABLATIONS}/*/{RECORD}"))],
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
@@ -233,4 +268,5 @@ def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", down
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file, where a run needs a folder")
     store = Store(folder.parent / STORE)
-    return Run(recipe, folder, store, Graph(recipe, download=download), _first_command(loaded.folder) or command)
+    graph = Graph(recipe, download=download, store=store)
+    return Run(recipe, folder, store, graph, _first_command(loaded.folder) or command)

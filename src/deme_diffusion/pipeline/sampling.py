@@ -16,11 +16,11 @@ from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.evaluation.export import CURSOR, GRID, IMAGES, Format, ImageFolder
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.files import canonical_digest, part_of, write_bytes
-from deme_diffusion.pipeline.engine import threads_of
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import resolve, timesteps_of
 from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.pipeline.workers import threads_of
 from deme_diffusion.processes import is_main
 from deme_diffusion.recipes import RESOLVED
 from deme_diffusion.report.figures import sample_grid
@@ -111,7 +111,7 @@ class Sampling:
     images: ImageFolder
     sampler: SamplerSettings
     runtime: RuntimeSettings
-    prepare: Callable[[], None]
+    prepare: Callable[[], object]
     opened: Callable[[], Opened]
 
     def make(self, seeds: Sequence[int], *, grid: bool = False) -> Samples:

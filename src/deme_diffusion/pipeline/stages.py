@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from deme_diffusion.analysis.similarity import write_similarity
 from deme_diffusion.artefacts import WORK
 from deme_diffusion.config import Recipe
 from deme_diffusion.data.index import make_index
+from deme_diffusion.decoupling.initial import start_of
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.decoupling.switches import switched
 from deme_diffusion.decoupling.train import train
@@ -31,7 +34,7 @@ from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline.inputs import TRAINED_ON, trained_on
 from deme_diffusion.pipeline.merges import HowToMerge
-from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.node import SIMILARITY, Node
 from deme_diffusion.pipeline.searching import SEARCH, Searching, experts_of
 from deme_diffusion.pipeline.workbench import seed_of_node
 from deme_diffusion.processes import is_main
@@ -80,13 +83,21 @@ class Stages(Searching):
         return results
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        results = self._train(self.denoiser, job_of(self.recipe, node), folder)
+        start = start_of(self.recipe.decouple, seed_of_node(node), self.folder(self.graph.base))
+        results = self._train(self.denoiser, replace(job_of(self.recipe, node), start=start), folder)
         if is_main():
             name, kind = self.denoiser.component, type(self.denoiser.module).__name__
             projected, averaged = (folder / name / projection.FILE).is_file(), (folder / "raw").is_dir()
             card = expert_card(node.label, self.graph.base.label, name, kind, projected=projected, averaged=averaged)
             write_text(folder / "README.md", card)
         return results
+
+    def _similarity(self, node: Node, folder: Path) -> Mapping[str, Any]:
+        settings, batch_size = self.recipe.similarity, self.recipe.decouple.train_batch_size
+        train, partial = self.splits["train"], folder / WORK
+        return write_similarity(
+            folder / SIMILARITY, self.denoiser, train, settings, batch_size=batch_size, partial=partial
+        )
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
@@ -184,7 +195,7 @@ class Stages(Searching):
             by, source = str(found["method"]), str(found["source"])
             return f"search: {source if source.startswith(by) else f'{by}, {source}'}"
         default = list(weights.values) == row.default_weights(len(weights.values))
-        return f"default of {row.name}" if default else "given"
+        return f"default of {row.name}" if default else "by SNR" if self.recipe.merge.weighting == "snr" else "given"
 
     def _scores(self, node: Node) -> dict[str, Any] | None:
         """Of a search: what it lowered, at w = 0 and at the weights that it found."""
@@ -212,11 +223,16 @@ def job_of(recipe: Recipe, node: Node) -> Job:
         global_prob=settings.global_prob,
         consistency_weight=settings.consistency_weight,
         projection=settings.projection,
+        projection_axes=settings.projection_axes,
         timestep_sampling=settings.timestep_sampling,
         antithetic=settings.antithetic,
         teacher=settings.teacher,
         teacher_update_steps=settings.teacher_update_steps,
         teacher_dtype=settings.teacher_dtype,
+        multi_task=settings.multi_task,
+        multi_task_clusters=settings.multi_task_clusters,
+        multi_task_division=settings.multi_task_division,
+        multi_task_update_steps=settings.multi_task_update_steps,
     )
 
 

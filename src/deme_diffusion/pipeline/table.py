@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deme_diffusion.artefacts import Store
-from deme_diffusion.division import name_of
+from deme_diffusion.division import names_of
 from deme_diffusion.evaluation.metrics import mean_and_spread
 from deme_diffusion.evaluation.scores import MOST_NEIGHBOURS_IMAGES, PUBLISHED, SPLITS
 from deme_diffusion.pipeline.graph import Graph
@@ -20,12 +20,13 @@ SCORES = (*NAMED, "precision", "recall", "density", "coverage")
 MEGABYTE = 1e6
 
 
-def rows(graph: Graph, store: Store, extractor: str) -> list[Row]:
-    """One row a model, in the order of the table; the score of real training images last."""
+def rows(graph: Graph, store: Store, extractor: str, names: Sequence[str] | None = None) -> list[Row]:
+    """One row a model, in the order of the table, or of some names; the score of real training images last."""
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     for name, seed, node in graph.evaluations:
-        measured.setdefault(name, {})[seed] = _read(store, node, METRICS)
-    costs = _read(store, graph.cost, COSTS)
+        if names is None or name in names:
+            measured.setdefault(name, {})[seed] = _read(store, node, METRICS)
+    costs = _read(store, graph.cost if names is None else graph.measured(names)[-1], COSTS)
     result: list[Row] = []
     for name, by_seed in measured.items():
         metrics: dict[str, Figure] = {}
@@ -48,7 +49,7 @@ def _read(store: Store, node: Node, name: str) -> dict[str, Any]:
 def _losses(graph: Graph, by_seed: dict[int, dict[str, Any]]) -> dict[str, Figure]:
     """The fixed-noise loss overall and per range: the same points for every model and seed."""
     losses = [measured["losses"] for measured in by_seed.values()]
-    names = [f"loss {name_of(graph.division.served(i))}" for i in range(graph.division.num_experts)]
+    names = [f"loss {name}" for name in names_of(graph.loss_ranges)]
     points = losses[0]["points"]
     figures = {"loss": _loss_figure(graph, [loss["overall"] for loss in losses], by_seed, sum(points))}
     for i, name in enumerate(names):
@@ -136,9 +137,22 @@ def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
         "seeds": seeds,
         "protocol": timing,
     }
+    load: Figure = {
+        "mean": cost["load"],
+        "spread": cost["load_spread"],
+        "n": costs["loads"],
+        "seeds": seeds,
+        "protocol": {
+            "device": protocol["device"],
+            "threads": protocol["threads"],
+            "from": "weight files in the page cache",
+            "statistic": timing["statistic"],
+        },
+    }
     return {
         "parameters": _figure([cost["parameters"]], 1, seeds, {"counted": "kept to serve"}),
         "latency (ms)": latency,
+        "load time (ms)": load,
         "peak memory (MB)": _figure(
             [cost["peak_memory"] / MEGABYTE], 1, seeds, {"batch": protocol["batch"], "counted": "tensors"}
         ),

@@ -124,8 +124,8 @@ def joined(runtime: RuntimeSettings) -> Channel:
 
 def follow(channel: Channel, graph: Graph, store: Store) -> None:
     """Train when the main process calls, until it ends. Raises SystemExit with its status when that is not 0."""
-    from deme_diffusion.pipeline.engine import threads_of
     from deme_diffusion.pipeline.stages import Stages
+    from deme_diffusion.pipeline.workers import threads_of
 
     stages = Stages(graph, store)
     with _patient_with_signals(channel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,12 +28,32 @@ from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node, Served
 
+T = TypeVar("T")
+
+
+class Shared:
+    """What graphs with equal inputs open once in a process: the last few of each kind, by what they depend on."""
+
+    def __init__(self, most: int = 2) -> None:
+        self.most, self.held = most, dict[str, OrderedDict[Hashable, Any]]()
+
+    def get(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave for this key, or gives now."""
+        held = self.held.setdefault(kind, OrderedDict())
+        if key not in held:
+            held[key] = make()
+        held.move_to_end(key)
+        while len(held) > self.most:
+            held.popitem(last=False)
+        value: T = held[key]
+        return value
+
 
 class Workbench:
     """One graph and its store."""
 
-    def __init__(self, graph: Graph, store: Store) -> None:
-        self.graph, self.recipe, self.store = graph, graph.recipe, store
+    def __init__(self, graph: Graph, store: Store, shared: Shared | None = None) -> None:
+        self.graph, self.recipe, self.store, self.shared = graph, graph.recipe, store, shared or Shared()
 
     def folder(self, part: Node | Input) -> Path:
         """Where an input lies."""
@@ -42,7 +64,9 @@ class Workbench:
         """The three splits."""
         data = self.graph.data
         folder = self.folder(data) if isinstance(data, Node) else None
-        splits = load_splits(self.recipe.data, folder, self.graph.source.commit)
+        settings, commit = self.recipe.data, self.graph.source.commit
+        key = (settings.model_dump_json(), data.digest)
+        splits = self.shared.get("splits", key, lambda: load_splits(settings, folder, commit))
         images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
         images.check_enough({name: len(split) for name, split in splits.items()}, self.recipe.evaluate)
         return splits
@@ -57,6 +81,10 @@ class Workbench:
     @cached_property
     def denoiser(self) -> Denoiser:
         """The base behind its family's interface, on the device that `runtime.device` names."""
+        key = (self.recipe.model.family, self.graph.base.digest, str(self.device))
+        return self.shared.get("denoiser", key, self._load_denoiser)
+
+    def _load_denoiser(self) -> Denoiser:
         denoiser = family(self.recipe.model.family).load(self.folder(self.graph.base))
         projection.refuse_beside(part_of(self.folder(self.graph.base), denoiser.component))
         denoiser.module.to(self.device).eval()

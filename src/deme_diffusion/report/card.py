@@ -55,20 +55,27 @@ def needs(run: Mapping[str, Any]) -> str:
     if not extra:
         return "Stock diffusers loads it; nothing else is needed."
     return (
-        "Stock diffusers loads it, but without its extra module: the channel-wise projections after"
-        f" {', '.join(extra['places'])}, which fold into no weight and lie in"
-        f" {extra['component']}/projection.safetensors. Without them it is another model than the one described here;"
-        " these lines load all of it."
+        f"Stock diffusers loads it, but without its extra module: {_projections(extra['places'])}, which fold into no"
+        f" weight and lie in {extra['component']}/projection.safetensors. Without them it is another model than the one"
+        " described here; these lines load all of it."
     )
 
 
+def _projections(names: Sequence[str]) -> str:
+    """Those of a merged model in words; `PLACE|spatial` is a spatial one."""
+    spatial = [place for place, _, kind in (name.partition("|") for name in names) if kind]
+    channel = [name for name in names if "|" not in name]
+    kinds = {"channel-wise projections": channel, "spatial projections (depthwise 3x3 convolutions)": spatial}
+    return " and ".join(f"the {kind} after {', '.join(places)}" for kind, places in kinds.items() if places)
+
+
 def subset_names(subsets: Sequence[Sequence[Sequence[int]]]) -> list[str]:
-    """Each subset by its timestep ranges, `[0,250)`; one of more than two ranges by its size."""
+    """Each subset by its timestep ranges, `[0,250)`; one of more than two ranges by its number and size."""
     return [
         "+".join(f"[{lo},{hi})" for lo, hi in runs)
         if len(runs) <= 2
-        else f"{sum(hi - lo for lo, hi in runs)} timesteps in {len(runs)} ranges"
-        for runs in subsets
+        else f"#{i} {sum(hi - lo for lo, hi in runs)} timesteps in {len(runs)} ranges"
+        for i, runs in enumerate(subsets)
     ]
 
 
@@ -156,7 +163,7 @@ def _merged(run: Mapping[str, Any]) -> str:
 def expert_card(label: str, base: str, component: str, kind: str, *, projected: bool, averaged: bool) -> str:
     """A README.md of an expert's artefact: what lies there, and how it is loaded."""
     extra = (
-        f"It was trained with channel-wise projections, which lie in {component}/projection.safetensors and which stock"
+        f"It was trained with projections, which lie in {component}/projection.safetensors and which stock"
         " diffusers does not read: without them it is another model. `attach_projection` adds them."
     )
     lines = [f"from diffusers import {kind}", f'{component} = {kind}.from_pretrained("{component}")']

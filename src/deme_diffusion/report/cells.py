@@ -18,6 +18,7 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "kid": "lower",
     "loss": "lower",
     "latency": "lower",
+    "load": "lower",
     "memory": "lower",
     "disk": "lower",
     "precision": "higher",
@@ -91,6 +92,18 @@ def number(figure: Figure, decimals: int) -> str:
         return "n/a"
     text = _fixed(mean, decimals)
     return text if spread is None else f"{text} ± {_fixed(spread, decimals)}"
+
+
+def signed(difference: float, margin: float | None, decimals: int) -> str:
+    """`+0.80 ± 0.20`, `−0.03` where nothing is known of the margin."""
+    size = _fixed(abs(difference), decimals)
+    sign = "" if not float(size.replace(",", "")) else "\N{MINUS SIGN}" if difference < 0 else "+"
+    return f"{sign}{size}" if margin is None else f"{sign}{size} ± {_fixed(margin, decimals)}"
+
+
+def ratio(value: float) -> str:
+    """`4.0x`, `0.98x`, `12x`: two or three digits, more where it is near 1."""
+    return f"{value:.{2 if value < 1.095 else 1 if value < 9.95 else 0}f}x"
 
 
 def decimals_for(means: Iterable[float | None], spreads: Iterable[float | None] = ()) -> int:

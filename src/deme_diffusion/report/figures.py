@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ INK = "#010203"  # stands for the page's text colour; no other mark uses it
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1")  # Okabe and Ito, and a violet
 DASHES = ("-", "--", ":", "-.")
 MAX_POINTS = 300
+MOST_BANDS = 30  # runs of one subset that are told apart as bands
 STYLE = {
     "svg.hashsalt": "deme",  # the same figure has the same bytes
     "text.parse_math": False,  # a name with dollars is a name
@@ -74,7 +76,7 @@ def curves(series: Mapping[str, Points], ylabel: str, xlabel: str = "optimizer s
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         _legend(figure, axes)
 
-    return _svg(draw, 5.6, 3.1)
+    return svg_of(draw, 5.6, 3.1)
 
 
 def thinned(points: Points, most: int = MAX_POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -86,23 +88,47 @@ def thinned(points: Points, most: int = MAX_POINTS) -> tuple[NDArray[np.float64]
 
 
 def division_picture(member: NDArray[np.bool_], route: NDArray[np.integer[Any]]) -> bytes:
-    """(N, T) membership as one band per expert over the timesteps, and the (T,) route below, as SVG."""
+    """(N, T) membership as one band per expert over the timesteps, and the (T,) route below, as SVG.
+
+    Subsets of many runs are strokes on a pale band, with their size; a route that says nothing new of them is a line.
+    """
     experts, steps = member.shape
     if route.shape != (steps,):
         raise UserError(f"a route over {steps} timesteps needs shape ({steps},), got {route.shape}")
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
+        scattered = [len(_spans(part)) > MOST_BANDS for part in member]
+        alone = any(scattered) and all(np.array_equal(part, route == i) for i, part in enumerate(member))
         for i, (colour, _) in zip(range(experts), _styles(), strict=False):
             axes.broken_barh(_spans(member[i]), (i - 0.36, 0.72), color=colour, linewidth=0)
-            axes.broken_barh(_spans(route == i), (experts + 0.1, 0.72), color=colour, linewidth=0)
+            if scattered[i]:
+                axes.broken_barh([(0, steps)], (i - 0.36, 0.72), color=colour, alpha=0.16, linewidth=0)
+                axes.text(steps * 1.01, i, f"{member[i].sum():,}", va="center", fontsize=8)
+            if not alone:
+                axes.broken_barh(_spans(route == i), (experts + 0.1, 0.72), color=colour, linewidth=0)
+        if alone:
+            axes.text(0, experts + 0.46, "each timestep by the expert that trains on it", va="center", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         ticks = [*range(experts), experts + 0.46]
         axes.set_yticks(ticks, [*(f"expert {i}" for i in range(experts)), "route"])
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel="timestep t", xlim=(0, steps), ylim=(experts + 1, -0.6))
         axes.spines["left"].set_visible(False)
 
-    return _svg(draw, 5.6, 0.9 + 0.27 * (experts + 1))
+    return svg_of(draw, 5.6, 0.9 + 0.27 * (experts + 1))
+
+
+def division_tables(division: Mapping[str, Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(N, T) membership and the (T,) route, from a division's plain values."""
+    total = division["num_train_timesteps"]
+    member, route = np.zeros((len(division["subsets"]), total), np.bool_), np.full(total, -1)
+    for row, runs in zip(member, division["subsets"], strict=True):
+        for lo, hi in runs:
+            row[lo:hi] = True
+    for lo, hi, index in division["route"]:
+        route[lo:hi] = index
+    return member, route
 
 
 def weights_bars(weights: Mapping[str, Sequence[float]], subset_names: Sequence[str]) -> bytes:
@@ -125,7 +151,18 @@ def weights_bars(weights: Mapping[str, Sequence[float]], subset_names: Sequence[
         axes.margins(y=0.12)
         _legend(figure, axes)
 
-    return _svg(draw, 5.6, 3.0)
+    return svg_of(draw, 5.6, 3.0)
+
+
+def png_of(draw: Callable[[Any], None], width: float, height: float) -> bytes:
+    """A drawing as PNG, for where no SVG is shown: dark on white, 200 dots per inch."""
+    out = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.savefig(out, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
 
 
 def _styles() -> Iterator[tuple[str, str]]:
@@ -147,7 +184,7 @@ def _legend(figure: Any, axes: Any) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8, handlelength=1.6)
 
 
-def _svg(draw: Callable[[Any], None], width: float, height: float) -> bytes:
+def svg_of(draw: Callable[[Any], None], width: float, height: float) -> bytes:
     """Draw on a fresh figure of width x height inches; matplotlib's settings are as before afterwards."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):

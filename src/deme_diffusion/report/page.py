@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from deme_diffusion.files import write_text
+from deme_diffusion.report.ablation_page import ablation_section
 from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs, patterns, subset_names
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
@@ -22,7 +23,7 @@ from deme_diffusion.report.cells import (
     protocol_text,
     reason_lines,
 )
-from deme_diffusion.report.figures import curves, division_picture, sample_grid, weights_bars
+from deme_diffusion.report.figures import curves, division_picture, division_tables, sample_grid, weights_bars
 from deme_diffusion.report.tables import check_protocols
 from deme_diffusion.report.verdict import verdict
 
@@ -52,7 +53,7 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
     check_protocols(rows)
     return environment.get_template("page.html").render(
         run={**dict.fromkeys(PRINTED), **run},
-        title=str(run.get("recipe", "run")),
+        title=str(run.get("title") or run.get("recipe", "run")),
         demonstration=DEMONSTRATION if run.get("demonstration") else "",
         verdict=_verdict(rows),
         table=_table(rows),
@@ -63,6 +64,8 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
         merge={"said": method_said(run), "patterns": patterns(run)},
         vectors=_vectors(run),
         division=_division(run),
+        ablations=[ablation_section(content) for content in run.get("ablations") or ()],
+        svg=_svg,
         loading=loading_lines(run) if run.get("merged_path") else "",
         needs=needs(run),
         seconds=_seconds,
@@ -165,7 +168,7 @@ def _vectors(run: Mapping[str, Any]) -> dict[str, Any] | None:
     for group, one in {**seen["groups"], "all of the model": seen["model"]}.items():
         norms = ["-" if norm is None else f"{100 * norm:.3g}" for norm in one["relative_norms"]]
         alike = (_off_diagonal(one["cosines"]), _off_diagonal(one["overlaps"]))
-        label = "projection (channel-wise, its θ is 0)" if group == "projection" else group
+        label = "projections (their θ is 0)" if group == "projection" else group
         rows.append((label, f"{one['parameters']:,}", norms, *alike))
     return {"names": _names(run, len(seen["model"]["norms"])), "rows": rows}
 
@@ -180,15 +183,8 @@ def _division(run: Mapping[str, Any]) -> dict[str, Any] | None:
     division = run.get("division")
     if not division:
         return None
-    total = division["num_train_timesteps"]
-    member, route = np.zeros((len(division["subsets"]), total), np.bool_), np.full(total, -1)
-    for row, runs in zip(member, division["subsets"], strict=True):
-        for lo, hi in runs:
-            row[lo:hi] = True
-    for lo, hi, index in division["route"]:
-        route[lo:hi] = index
-    names = subset_names(division["subsets"])
-    return {"src": _svg(division_picture(member, route)), "names": names, "total": total}
+    picture, total = division_picture(*division_tables(division)), division["num_train_timesteps"]
+    return {"src": _svg(picture), "names": subset_names(division["subsets"]), "total": total}
 
 
 def _seconds(value: float) -> str:

@@ -1,14 +1,12 @@
 """What a table allows one to say about the merged model, against the base and the best honest control."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import stdtrit
-
 from deme_diffusion.report.cells import Figure, Row, figure_decimals, metric_names, number
+from deme_diffusion.report.paired import margin_of, paired_differences
 
 CONTROLS = ("all-timesteps", "soup", "all-timesteps-searched")
 Outcome = Literal["lower", "higher", "within", "one seed"]
@@ -70,20 +68,10 @@ def _compare(metric: str, other: str, merged: Figure, theirs: Figure) -> Compari
     seeds = min(len(merged["seeds"]), len(theirs["seeds"]))
     if seeds < 2 or merged["spread"] is None or theirs["spread"] is None:
         return Comparison(metric, other, merged, theirs, difference, None, seeds, "one seed")
-    margin = _paired_margin(merged, theirs)
-    if margin is None:
-        margin = math.hypot(merged["spread"], theirs["spread"])
+    differences = paired_differences(merged, theirs)
+    margin = margin_of(differences) if differences else math.hypot(merged["spread"], theirs["spread"])
     outcome: Outcome = "within" if abs(difference) <= margin else "lower" if difference < 0 else "higher"
     return Comparison(metric, other, merged, theirs, difference, margin, seeds, outcome)
-
-
-def _paired_margin(merged: Figure, theirs: Figure) -> float | None:
-    """Half the 95% interval of the mean paired difference: t s / sqrt(n); None without a value for each seed."""
-    ours, others = merged.get("values"), theirs.get("values")
-    if not ours or not others or merged["seeds"] != theirs["seeds"] or len(ours) != len(others):
-        return None
-    differences = [a - b for a, b in zip(ours, others, strict=True)]
-    return float(stdtrit(len(ours) - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(len(ours))
 
 
 def _helps(pairs: Sequence[Sequence[Comparison]]) -> bool | None:

@@ -1,0 +1,306 @@
+"""An experiment: a baseline and arms that differ from it by the stated change, their stages made together. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deme_diffusion import processes
+from deme_diffusion.ablate import folder as folders
+from deme_diffusion.ablate.arms import Arm, Resolved
+from deme_diffusion.ablate.plan import Plan
+from deme_diffusion.ablate.resolve import resolve
+from deme_diffusion.artefacts import Artefact
+from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
+from deme_diffusion.pipeline.engine import Engine
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.run import Run, open_run
+from deme_diffusion.recipes import Loaded, changed
+
+log = logging.getLogger(__name__)
+MOST_ARMS = 500
+"""Arms that run without being allowed by number."""
+
+
+@dataclass(eq=False)
+class Case:
+    """The baseline, or what arms of equal change run: its stages, and why one of them failed."""
+
+    recipe: Recipe
+    graph: Graph
+    error: str = ""
+    targets: list[Node] = field(init=False)
+    needed: list[Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open(self.graph)
+
+    def open(self, graph: Graph) -> None:
+        """Take over a graph: the stages that measure the base and the outcome, and what they need."""
+        self.graph, self.targets = graph, graph.measured(self.rows)
+        self.needed = graph.needed(self.targets)
+
+    @property
+    def rows(self) -> list[str]:
+        """Rows of the table that are measured."""
+        return ["base", self.graph.outcome]
+
+    @property
+    def steps(self) -> int:
+        """Training steps of it alone."""
+        return sum(node.steps for node in self.needed)
+
+    @property
+    def digests(self) -> set[str]:
+        """What it measures, by content."""
+        return {node.digest for node in self.targets}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm of the plan with the case that it runs (None where it is not to run) and its folder's name."""
+
+    arm: Arm
+    slug: str
+    case: Case | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """An ablation with its arms."""
+
+    resolved: Resolved
+    trials: tuple[Trial, ...]
+
+
+@dataclass
+class Experiment:
+    """An opened experiment. `stages`: what is known of each stage by its digest, as it is found done or finishes."""
+
+    plan: Plan
+    name: str
+    run: Run
+    baseline: Case
+    parts: list[Part]
+    source: Path | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies: in the run folder of its baseline."""
+        return self.run.folder / folders.ABLATIONS / self.name
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All arms."""
+        return [trial for part in self.parts for trial in part.trials]
+
+    @property
+    def ready(self) -> list[Trial]:
+        """The arms that are to run."""
+        return [trial for trial in self.trials if trial.case]
+
+    @property
+    def cases(self) -> list[Case]:
+        """The baseline and every different case."""
+        return list(dict.fromkeys([self.baseline, *(trial.case for trial in self.ready if trial.case)]))
+
+    @property
+    def union(self) -> dict[str, tuple[Graph, Node]]:
+        """Every stage once, by its digest."""
+        return {node.digest: (case.graph, node) for case in reversed(self.cases) for node in case.needed}
+
+    def steps(self) -> dict[str, int]:
+        """Training steps as they are made, `shared`, and of `independent` runs of the baseline and each arm."""
+        alone = self.baseline.steps + sum(trial.case.steps for trial in self.ready if trial.case)
+        return {"shared": sum(node.steps for _, node in self.union.values()), "independent": alone}
+
+    def seconds(self) -> dict[str, float]:
+        """The same of the seconds that stages took, whenever that was."""
+        alone = [self.baseline, *(trial.case for trial in self.ready if trial.case)]
+        each = sum(self.spent(case.needed) for case in alone)
+        return {"shared": self.spent(node for _, node in self.union.values()), "independent": each}
+
+    def spent(self, nodes: Iterable[Node]) -> float:
+        """Seconds that some stages took."""
+        each = (float(self.stages.get(node.digest, {}).get("seconds", 0.0)) for node in nodes)
+        return round(sum(each), 2)
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Make what is not done of all arms and the baseline, each stage once; an arm that fails notes why.
+
+        Raises what the baseline raises, without which there is nothing to compare; Interrupted, to be resumed.
+        """
+        self.run.prepare()
+        folders.begin(self)
+        with Engine(self.run.store, self.run.recipe.runtime, self._finished) as engine:
+            self._compare_gradients(engine)
+            engine.run([(case.graph, case.needed) for case in self._possible()])
+            for case in self._possible():
+                if error := engine.error_of(case.graph, case.needed):
+                    case.error = told(error)
+        folders.note(self)
+        folders.link_arms(self)
+
+    def _possible(self) -> list[Case]:
+        return [case for case in self.cases if not case.error]
+
+    def _compare_gradients(self, engine: Engine) -> None:
+        """Divisions by gradients need the similarity of gradients first, and are known then."""
+        waiting = [case for case in self.cases if case.graph.provisional]
+        if not waiting:
+            return
+        compared = [(case.graph, [case.graph.similarity]) for case in waiting if case.graph.similarity]
+        asked = [(graph, graph.needed(nodes)) for graph, nodes in compared]
+        engine.run(asked if self.baseline in waiting else [(self.baseline.graph, []), *asked])
+        for case, (graph, nodes) in zip(waiting, asked, strict=True):
+            if error := engine.error_of(graph, nodes):
+                case.error = told(error)
+                continue
+            try:
+                case.open(Graph(case.recipe, store=self.run.store))
+            except UserError as error:  # so many subsets cannot be cut there
+                case.error = told(error)
+        folders.note(self)
+
+    def _finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
+        self.stages[node.digest] = {"seconds": round(artefact.seconds, 2), "reused": reused, "steps": node.steps}
+        if any(known.digest == node.digest for known in self.run.graph.nodes):
+            self.run.finished(node, artefact, reused)  # so that its folder is known to hold results
+        elif not reused:
+            log.info("%s: done in %.1f s", node.label, artefact.seconds)
+        if not reused:
+            folders.note(self)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    ours = type(error).__name__ in ("UserError", "MachineError")
+    return text if ours and text else f"{type(error).__name__}: {text}"
+
+
+# -- opening --------------------------------------------------------------------------------------
+
+
+def open_experiment(
+    plan: Plan,
+    name: str,
+    loaded: Loaded,
+    *,
+    out: Path | None = None,
+    source: Path | None = None,
+    command: str = "",
+    download: bool = True,
+) -> Experiment:
+    """The experiment of a plan with a recipe, in the run folder of that recipe.
+
+    Raises UserError for a plan without ablations, and for what opening a run raises.
+    """
+    if not plan.ablations:
+        why = f"; {plan.problems[0]}" if plan.problems else ""
+        raise UserError(f"{source or name}: no ablation in it{why}")
+    if processes.count() > 1:
+        raise UserError("deme ablate: not in a launch of several processes; start it plainly, with --jobs K")
+    run = open_run(loaded, out=out, command=command, download=download)
+    opened = _Opening(run, compared(run.recipe), download)
+    parts = [opened.part(resolve(ablation, opened.recipe)) for ablation in plan.ablations]
+    return Experiment(plan, name, run, opened.baseline, parts, source)
+
+
+def compared(recipe: Recipe) -> Recipe:
+    """The recipe as an experiment measures it: without controls, and with losses on the same points in every arm."""
+    ranges = recipe.evaluate.loss_ranges or recipe.decouple.num_ranges
+    return changed(recipe, {"evaluate.controls": [], "evaluate.loss_ranges": ranges})
+
+
+class _Opening:
+    """What arms become: each different change is one case."""
+
+    def __init__(self, run: Run, recipe: Recipe, download: bool) -> None:
+        self.run, self.recipe, self.download = run, recipe, download
+        self.baseline = Case(recipe, Graph(recipe, store=run.store))  # fetched when the run was opened
+        self.values = recipe.model_dump(mode="json")
+        self.cases: dict[str, Case | str] = {}
+        self.slugs: set[str] = set()
+
+    def part(self, resolved: Resolved) -> Part:
+        """An ablation's arms, those that are ready with what they run."""
+        return Part(resolved, tuple(self._trial(resolved, arm) for arm in resolved.arms))
+
+    def _trial(self, resolved: Resolved, arm: Arm) -> Trial:
+        slug = folders.unused(f"{resolved.ablation.name}.{arm.label}", self.slugs)
+        if arm.status != "ready":
+            return Trial(arm, slug)
+        arm = replace(arm, change=_different(arm.change, self.values))
+        case = self._case(arm, slug)
+        if isinstance(case, str):
+            return Trial(replace(arm, status="not_executable", reason=case), slug)
+        if case.digests == self.baseline.digests:
+            reason = "every stage is the baseline's: what it changes plays no part there"
+            return Trial(replace(arm, status="same_as_baseline", reason=reason), slug)
+        return Trial(arm, slug, case)
+
+    def _case(self, arm: Arm, slug: str) -> Case | str:
+        """What the arm runs, or why its recipe cannot be run."""
+        key = json.dumps(dict(arm.change), sort_keys=True, default=str)
+        if key not in self.cases:
+            try:
+                recipe = folders.named(changed(self.recipe, arm.change), slug)
+                self.cases[key] = Case(recipe, Graph(recipe, download=self._fetches(recipe), store=self.run.store))
+            except UserError as error:
+                self.cases[key] = told(error)
+        return self.cases[key]
+
+    def _fetches(self, recipe: Recipe) -> bool:
+        """Only for inputs of its own: the baseline's are here, and an arm must not ask the hub for them again."""
+        inputs = ("model", "data", "extractor")
+        return self.download and any(getattr(recipe, name) != getattr(self.recipe, name) for name in inputs)
+
+
+def _different(change: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a change sets otherwise than the recipe has it: a plan for any recipe says more than one of them needs."""
+
+    def now(path: str) -> Any:
+        inner: Any = values
+        for part in path.split("."):
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        return inner
+
+    return {path: value for path, value in change.items() if value != now(path)}
+
+
+def check(experiment: Experiment, *, strict: bool = False, max_arms: int | None = None, dry: bool = False) -> None:
+    """Raises UserError where nothing can be run, where too much would, and with `strict` where anything is left out."""
+    where = experiment.source or experiment.name
+    if strict and (left := _left_out(experiment)):
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise UserError(f"{where}: {left[0]}{more}")
+    if dry:
+        return
+    if not experiment.ready:
+        left = _left_out(experiment)
+        raise UserError(f"{where}: none of its {len(experiment.trials)} arms can be run: {left[0]}")
+    if len(experiment.ready) > (max_arms or MOST_ARMS):
+        count, most = len(experiment.ready), max_arms or MOST_ARMS
+        raise UserError(f"{where}: {count:,} arms to run, more than {most:,}; --max-arms {count} allows it")
+
+
+def _left_out(experiment: Experiment) -> Sequence[str]:
+    problems = [str(problem) for problem in experiment.plan.problems]
+    arms = [
+        f"{part.resolved.ablation.name}: {trial.arm.label}: {trial.arm.status.replace('_', ' ')}: {trial.arm.reason}"
+        for part in experiment.parts
+        for trial in part.trials
+        if trial.case is None
+    ]
+    empty = [f"{part.resolved.ablation.name}: nothing to run" for part in experiment.parts if not part.trials]
+    return [*problems, *arms, *empty]

@@ -1,0 +1,98 @@
+"""What plans ask for and no setting of this method is: recognised, so that it is never taken for something else."""
+
+from deme_diffusion.ablate.rows import Foreign
+
+FOREIGN = (
+    Foreign(
+        "architecture",
+        ("unet", "unet layers", "unet block", "unet residual block"),
+        "the network is the pretrained model's; finetuning and merging keep its architecture",
+        ("channel-wise projection", "initialisation"),
+    ),
+    Foreign(
+        "adapters",
+        ("adapter", "adapter finetuning"),
+        "experts are finetuned in all parameters; this family has no adapters",
+        ("decoupling", "channel-wise projection"),
+    ),
+    Foreign(
+        "data",
+        ("data", "training data", "number of training data"),
+        "the images are the recipe's; another data set is another recipe (data.source, data.path)",
+        ("training length",),
+    ),
+    Foreign(
+        "text conditioning",
+        ("text encoder", "text encoder finetuning"),
+        "the models here take no text",
+        ("initialisation",),
+    ),
+    Foreign(
+        "guidance",
+        ("guidance",),
+        "the models here are unconditional, so nothing is guided",
+        ("sampler", "sampling steps"),
+    ),
+    Foreign("latent space", ("latent",), "the models here work on pixels, without an autoencoder", ()),
+    Foreign(
+        "noise schedule",
+        ("noise schedule",),
+        "the noise schedule is the pretrained model's and stays",
+        ("division", "loss weighting"),
+    ),
+    Foreign(
+        "prediction type",
+        ("prediction",),
+        "what the network predicts is the pretrained model's and stays",
+        ("loss weighting",),
+    ),
+    Foreign(
+        "optimiser",
+        ("optimizer", "optimizer training"),
+        "the optimiser is AdamW; what can change is its learning rate",
+        ("learning rate", "learning rate schedule", "batch size"),
+    ),
+    Foreign(
+        "another loss",
+        ("otherloss", "perceptual loss"),
+        "the losses are the denoising and the consistency loss, both squared errors",
+        ("consistency loss", "loss weighting"),
+    ),
+    Foreign(
+        "order of training",
+        ("curriculum", "curriculum training"),
+        "experts are finetuned side by side, in no order",
+        ("initialisation", "training length"),
+    ),
+    Foreign("compression", ("quantization", "sparsity"), "models are stored as they are", ("merge method",)),
+    Foreign(
+        "few-step models",
+        ("consistency models", "consistency model distillation"),
+        "models are finetuned, not distilled",
+        ("sampler", "sampling steps"),
+    ),
+    Foreign(
+        "base model",
+        ("base model", "pretraining data"),
+        "another pretrained model is another recipe (model.pretrained)",
+        ("initialisation",),
+    ),
+    Foreign(
+        "other multi-task methods",
+        ("pcgrad", "pcgrad gradient", "pcgrad multi-task"),
+        "of the multi-task methods there are uncertainty weighting and NashMTL",
+        ("multi-task weighting", "division"),
+    ),
+    Foreign(
+        "other merge methods",
+        ("regmean", "regmean merge", "pruning merge", "pruning"),
+        "it is none of the merge methods here",
+        ("merge method", "merge weights"),
+    ),
+    Foreign(
+        "other searches",
+        ("random search", "random search of merge weights"),
+        "it is none of the searches here",
+        ("merge weights",),
+    ),
+)

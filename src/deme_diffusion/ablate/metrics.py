@@ -1,0 +1,75 @@
+"""The metrics that plans name, and the table's own that they stand for. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from deme_diffusion.ablate.arms import Metric
+from deme_diffusion.ablate.text import normalised
+
+DEFAULT = Metric("", ("FD",), "no metric is named, so FD")
+_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"load(?:ing)?[ -]time|model load|time to load|start[ -]?up|cold start", ("load time (ms)",)),
+    (r"\bfid\b|fid\d|\bfd\b|frechet|\bsfid\b|fid-|\bfids\b", ("FD",)),
+    (r"\bkid\b|kernel inception", ("KID",)),
+    (r"inception score|\binception-score", ("IS",)),
+    (r"precision", ("precision",)),
+    (r"recall", ("recall",)),
+    (r"\bdensity", ("density",)),
+    (r"\bcoverage", ("coverage",)),
+    (r"\bloss(?:es)?\b|\bmse\b", ("loss",)),
+    (r"disk|storage|checkpoint size|file size|model size|\bsize on", ("disk (MB)",)),
+    (r"parameter|model size|\bparams?\b|number of weights", ("parameters",)),
+    (r"memory|vram|\bram\b|footprint", ("peak memory (MB)",)),
+    (
+        r"latency|inference|throughput|sampling (?:time|speed)|speed|runtime|generation time|wall|images? per sec|"
+        r"flops|"
+        r"images?/s|(?:time|cost) per image",
+        ("latency (ms)",),
+    ),
+    (
+        r"efficien|computational (?:cost|overhead)|resource|deployment cost|serving cost",
+        ("parameters", "disk (MB)", "peak memory (MB)", "latency (ms)"),
+    ),
+)
+_TRAINING = re.compile(
+    r"(?:train|finetun|converg|search|compute)\w*[ -](?:\w+ )?"
+    r"(?:time|cost|hour|budget|speed|step|efficien|overhead|iteration)"
+    r"|convergence|gpu hours"
+)
+_ABSENT: tuple[tuple[str, str], ...] = (
+    (r"clip|text[ -]?image align|prompt|vqa|tifa|geneval", "the models here take no text"),
+    (
+        r"human|user study|preference|pickscore|imagereward|\bhps|aesthetic|visual|qualitative|mos\b",
+        "no judge of images is at hand; the page shows samples of the same seeds side by side",
+    ),
+    (
+        r"lpips|ssim|psnr|perceptual|reconstruction",
+        "it compares pairs of images, and there is no original of a generated one",
+    ),
+    (r"nll|likelihood|bits per dim|\bbpd\b|elbo", "likelihoods are not measured; the fixed-noise loss is nearest"),
+    (r"gradient|conflict|cosine similarity", "gradients are compared by the similarity stage, not for each arm"),
+    (r"diversity|vendi", "not measured by itself; recall and coverage tell of it"),
+)
+
+
+def metrics_of(asked: Iterable[str]) -> tuple[Metric, ...]:
+    """A metric for each that is asked; FD where none is."""
+    return tuple(metric_of(text) for text in asked) or (DEFAULT,)
+
+
+def metric_of(asked: str) -> Metric:
+    """The table's metrics that a name stands for, or the reason why there is none."""
+    text = normalised(asked)
+    if _TRAINING.search(text) and not re.search(r"loss|inference|sampling", text):
+        return Metric(asked, (), "not applicable: the table tells steps and seconds of training for each arm anyway")
+    columns = tuple(dict.fromkeys(name for pattern, names in _COLUMNS if re.search(pattern, text) for name in names))
+    if re.search(r"(?<![A-Za-z])IS(?![A-Za-z])", asked):
+        columns = (*columns, "IS")
+    for pattern, reason in _ABSENT:
+        if re.search(pattern, text) and not columns:
+            return Metric(asked, (), f"not applicable: {reason}")
+    if columns:
+        return Metric(asked, columns)
+    return Metric(asked, (), "not applicable: this is not among the metrics of the table")

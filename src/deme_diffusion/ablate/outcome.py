@@ -1,0 +1,120 @@
+"""What an experiment found, as plain values: the figures of baseline and arms, steps and seconds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from deme_diffusion.ablate.experiment import Case, Experiment, Part, Trial
+from deme_diffusion.ablate.folder import folder_of
+from deme_diffusion.pipeline import table
+from deme_diffusion.provenance import provenance
+from deme_diffusion.report.cells import Figure, Row
+
+Content = dict[str, Any]
+
+
+def planned(experiment: Experiment) -> Content:
+    """What will run: every arm with its change, or why it cannot be run; training steps shared and independent."""
+    return {
+        "ablations": [
+            {**_named(part), "arms": [_planned(trial) for trial in part.trials]} for part in experiment.parts
+        ],
+        "steps": experiment.steps(),
+        "problems": [asdict(problem) for problem in experiment.plan.problems],
+    }
+
+
+def _named(part: Part) -> Content:
+    ablation, resolved = part.resolved.ablation, part.resolved
+    named = {"name": ablation.name, "ablated_part": ablation.ablated_part, "action": ablation.action}
+    return {**named, "part": resolved.part, "metrics": [_plain(asdict(metric)) for metric in resolved.metrics]}
+
+
+def _planned(trial: Trial) -> Content:
+    names = ("replacement", "change", "status", "reason", "nearest")
+    return {name: _plain(getattr(trial.arm, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def content(experiment: Experiment) -> Content:
+    """What `ablation.json` holds."""
+    baseline, recipe = experiment.baseline, experiment.baseline.recipe
+    return {
+        "recipe": recipe.name,
+        "plan": experiment.name,
+        "discussion": experiment.plan.discussion,
+        "command": experiment.run.command,
+        "seeds": list(recipe.seeds),
+        "outcome": baseline.graph.outcome,
+        "baseline": {"change": {}, **_measured(experiment, baseline)},
+        "base": {"metrics": _figures(_rows(experiment, baseline), "base")},
+        "ablations": [_ablation(experiment, part) for part in experiment.parts],
+        "problems": [asdict(problem) for problem in experiment.plan.problems],
+        "steps": experiment.steps(),
+        "seconds": experiment.seconds(),
+        "provenance": {key: str(value) for key, value in provenance().items()},
+    }
+
+
+def _ablation(experiment: Experiment, part: Part) -> Content:
+    arms = [_arm(experiment, trial) for trial in part.trials]
+    return {**_named(part), "score": part.resolved.score, "arms": arms}
+
+
+def _arm(experiment: Experiment, trial: Trial) -> Content:
+    """An arm as it was planned and what became of it."""
+    arm, case = trial.arm, trial.case
+    said = {**_planned(trial), "label": arm.label, "score": arm.score, "error": None, "folder": None}
+    empty: Content = {"model": "", "metrics": {}, "division": {}, "steps": 0, "seconds": 0.0}
+    if case is None:
+        return {**said, **empty}
+    folder = str(folder_of(experiment, trial).relative_to(experiment.folder))
+    said |= {"folder": folder, "status": status(experiment, case), "error": case.error or None}
+    if said["status"] != "done":
+        return {**said, **empty, "steps": case.steps, "seconds": experiment.spent(case.needed)}
+    return {**said, **_measured(experiment, case)}
+
+
+def status(experiment: Experiment, case: Case) -> str:
+    """Whether what a case measures is there: done, failed, or missing after an interruption."""
+    if case.error:
+        return "failed"
+    store = experiment.run.store
+    return "done" if all(store.status(node.key) == "done" for node in case.targets) else "missing"
+
+
+def _measured(experiment: Experiment, case: Case) -> Content:
+    rows, model = _rows(experiment, case), case.graph.outcome
+    return {
+        "model": model,
+        "metrics": _figures(rows, model),
+        "division": case.graph.division.as_dict(),
+        "steps": case.steps,
+        "seconds": experiment.spent(case.needed),
+    }
+
+
+def _rows(experiment: Experiment, case: Case) -> list[Row]:
+    """The case's rows, the columns of its samplers named as the baseline's."""
+    graph = case.graph
+    rows = table.rows(graph, experiment.run.store, graph.extractor_name, case.rows)
+    ours, theirs = ([s.label for s in c.recipe.evaluate.samplers] for c in (case, experiment.baseline))
+    labels = dict(zip(ours, theirs, strict=False))
+    return [{**row, "metrics": {_renamed(k, labels): v for k, v in row["metrics"].items()}} for row in rows]
+
+
+def _renamed(metric: str, labels: Mapping[str, str]) -> str:
+    """`FD(digits) DDIM-5` -> `FD(digits) DDIM-20`: its protocol still says what it was."""
+    name, space, sampler = metric.rpartition(" ")
+    return f"{name} {labels[sampler]}" if space and sampler in labels else metric
+
+
+def _figures(rows: Sequence[Row], model: str) -> Mapping[str, Figure]:
+    return next(row["metrics"] for row in rows if row["model"] == model)

@@ -1,0 +1,262 @@
+"""What one replacement text means for a part: a change, several, or none and what the part takes. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from deme_diffusion.ablate import vocabulary
+from deme_diffusion.ablate.foreign import FOREIGN
+from deme_diffusion.ablate.matching import LOOSE, MARGIN, concepts, meaning, ranked, score, tagged
+from deme_diffusion.ablate.parts import family
+from deme_diffusion.ablate.rows import Change, Part, Replacement
+from deme_diffusion.ablate.text import Number, normalised, numbers
+from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
+from deme_diffusion.recipes import changed
+
+STRANGE = frozenset(vocabulary.FOREIGN) | {"othermtl", "otheremerge", "randomsearch", "distill"}
+FOREIGN_PENALTY = 0.3
+"""A text with a word for what is no part of the method is taken only where all else fits."""
+SURE = 0.9
+"""A text that fits one replacement so well names no other."""
+NAMED = 0.75
+"""A part's text that fits a replacement so well speaks of that value."""
+_SYMBOLS = frozenset(
+    ["n", "p", "t", "k", "m", "w", "b", "s", "lambda", "gamma", "eta", "alpha", "beta", "lr", "seed", "cfg", "steps"]
+)
+_JOINING = ("", "or", "and", "to", "versus", "vs", "e", "per", "for", "with", "in", "at", "instead", "each")
+_BREAK = re.compile(r"\s*(?:,|;|/|\||&|\bor\b|\band\b|\bversus\b|\bsuchas\b)\s*")
+_EACH = re.compile(
+    r"\b(?:per|each|every)[ -](?:\w+ )?(?:expert|range|model|segment|subset|specialist|branch|partition)"
+)
+_REASONS = re.compile(r"\s-{1,3}\s|[:;]|\b(?:because|since|so that|which|where)\b")
+_VARYING = re.compile(
+    r"anneal|gradual|linearly|ramp|schedul|dynamic|progressiv|over (?:training|time)|time-var|adaptive|learn(?:ed|able)"
+)
+_OFF = re.compile(r"^(?:none|nothing|off|disabled?|removed?|removing|no|without|not using|omit(?:ted)?)\b")
+_BASELINE = re.compile(r"^(?:the )?(?:baseline|original|default|current|unchanged)\b")
+_INSTEAD = re.compile(
+    r"\b(?:instead of|rather than|in place of|as opposed to|in lieu of|unlike|compared (?:to|with)|over the)\b"
+)
+_SWAP = re.compile(r"^(?:replace|replacing|replaced|substitute|swap|switch)\b.*?\b(?:with|by|for|to)\b\s*(?P<new>.+)$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A change that a text means; `needs` says what the recipe lacks for it."""
+
+    change: Change
+    score: float
+    variant: str = ""
+    note: str = ""
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Meant:
+    """The changes that a text means, or none and the reason."""
+
+    choices: tuple[Choice, ...] = ()
+    reason: str = ""
+    nearest: tuple[str, ...] = ()
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Fit:
+    part: Part
+    replacement: Replacement
+    score: float = field(default=0.0)
+
+
+def takes(part: Part) -> tuple[str, ...]:
+    """What may stand in a part's place, that of related parts included, for people."""
+    return tuple(dict.fromkeys(name for row in family(part) for name in row.takes))
+
+
+def meant(part: Part, text: str, recipe: Recipe, context: str = "") -> Meant:
+    """The changes that a replacement text means for a part; `context` is what the ablation says of it elsewhere."""
+    wording = wanted(normalised(text))
+    if not wording:
+        return Meant(reason=f"an empty replacement; {part.name} takes {'; '.join(takes(part))}", nearest=takes(part))
+    if off := _off(part, wording):
+        return off
+    try:
+        each = bool(_EACH.search(f"{normalised(context)} ; {wording}"))
+        choices = tuple(_choices(part, wording, recipe, each))
+    except UserError as error:
+        return Meant(reason=str(error), nearest=takes(part)[:5], score=_best(part, wording))
+    return Meant(choices, score=choices[0].score) if choices else _unknown(part, text, wording)
+
+
+def wanted(text: str) -> str:
+    """A normalised text without what it is to replace: `X instead of Y` and `replace Y with X` are X."""
+    if match := _SWAP.match(text):
+        return match["new"].strip()
+    text = re.split(r"\s*(?:-+>|=>|→)\s*", text)[-1] or text
+    before, *after = _INSTEAD.split(text, maxsplit=1)
+    if after and not concepts(before) and "," in after[0]:
+        return after[0].partition(",")[2].strip()  # instead of Y, use X
+    return before.strip() if concepts(before) or numbers(before) else text.strip()
+
+
+def _off(part: Part, text: str) -> Meant | None:
+    rest = frozenset(concepts(text)) - part.field
+    if _OFF.match(text) and not rest and not numbers(text) and "REMOVE" in part.actions:
+        return Meant((Choice(part.off, 1.0, "removed"),), score=1.0)
+    if _BASELINE.match(text) and not rest and not numbers(text):
+        return Meant((Choice({}, 1.0),), score=1.0)
+    return None
+
+
+def _choices(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choice]:
+    """One replacement that fits well; several that the text lists; numbers; one that fits well enough."""
+    fits = _fits(part, text)
+    best = fits[0].score if fits else 0.0
+    listed = [] if best >= SURE else _listed(part, text)
+    if len(listed) > 1:
+        for piece, fit in listed:
+            yield from _of(fit, piece, recipe, name=True)
+        return
+    reads = best >= LOOSE.least and (
+        best >= SURE or callable(fits[0].replacement.change) or not _own_numbers(part, text, strict=True)
+    )
+    if not reads and (numeric := list(_numeric(part, text, recipe, each))):
+        yield from numeric
+    elif best >= LOOSE.least:
+        rivals = [fit for fit in fits if best - fit.score < MARGIN and fit.part is fits[0].part]
+        if len(rivals) > 1:
+            names = " or ".join(fit.replacement.name for fit in rivals)
+            raise UserError(f"it could be {names}; give each an entry of its own")
+        joined = {} if best >= SURE else _joined(fits)
+        for choice in _of(fits[0], text, recipe):
+            yield replace(choice, change={**joined, **choice.change})
+
+
+def _fits(part: Part, text: str) -> list[_Fit]:
+    """The replacements that fit a text, the best first; of equals, the part's own before related parts'."""
+    own = part.field - _telling(part)
+    strange = FOREIGN_PENALTY if any(tag.concept in STRANGE and tag.place == 1.0 for tag in tagged(text)) else 0.0
+    found = [
+        _Fit(row, one, 0.95 if one.pattern and re.search(one.pattern, text) else score(text, one.names, own) - strange)
+        for row in family(part)
+        for one in row.replacements
+    ]
+    return sorted((fit for fit in found if fit.score > 0), key=lambda fit: -fit.score)
+
+
+def absent(part: Part, text: str, recipe: Recipe) -> str:
+    """The value that a text surely names and the recipe has not, if any."""
+    fits = _fits(part, normalised(text))
+    if not fits or fits[0].score < NAMED:
+        return ""
+    one = fits[0].replacement
+    try:
+        has = any(changed(recipe, change) == recipe for _, change in one.variants(recipe, text, numbers(text)))
+    except UserError:  # a value that is not wholly said, as edges
+        return ""
+    return "" if has else one.name
+
+
+def _telling(part: Part) -> frozenset[str]:
+    """Concepts that are a replacement's whole name: they tell replacements apart, though the part may bear them too."""
+    names = [meaning(name) for row in family(part) for one in row.replacements for name in one.names]
+    return frozenset().union(*(name for name in names if len(name) == 1))
+
+
+def _best(part: Part, text: str) -> float:
+    return max((fit.score for fit in _fits(part, text)), default=0.0)
+
+
+def _listed(part: Part, text: str) -> list[tuple[str, _Fit]]:
+    """The pieces of a list with the replacement of each, where every piece that says something has one."""
+    text = next((clause for clause in _REASONS.split(text) if concepts(clause)), text)
+    pieces, found = [piece for piece in _BREAK.split(text) if concepts(piece) or numbers(piece)], []
+    for piece in pieces:
+        fits = _fits(part, piece)
+        if not fits or fits[0].score < LOOSE.least:
+            if concepts(piece):
+                return []
+            continue
+        found.append((piece, fits[0]))
+    return found if len({fit.replacement.name for _, fit in found}) > 1 else []
+
+
+def _of(fit: _Fit, text: str, recipe: Recipe, *, name: bool = False) -> Iterator[Choice]:
+    one, needs = fit.replacement, fit.part.needs(recipe)
+    also = _count_beside(fit.part, text, recipe)
+    for variant, change in one.variants(recipe, text, numbers(text)):
+        label = variant or (one.name if name else "")
+        yield Choice({**also, **change}, fit.score, label, one.note, needs)
+
+
+def _joined(fits: Sequence[_Fit]) -> Change:
+    """What a text names besides its best replacement, of a part that goes with it: `TIES with uniform weights`."""
+    best = fits[0]
+    others = (fit for fit in fits[1:] if fit.part.name in best.part.joins and fit.score >= LOOSE.least)
+    change = next((fit.replacement.change for fit in others), {})
+    return {} if callable(change) else change
+
+
+def _count_beside(part: Part, text: str, recipe: Recipe) -> Change:
+    """A number that a replacement's text gives for something else of its field: `uniform, N = 8`."""
+    for row in family(part):
+        found = [
+            n
+            for n in numbers(text)
+            if row.numeric and (n.symbol in row.numeric.symbols or n.after in row.numeric.units)
+        ]
+        if row.numeric and len(found) == 1 and row.path == "decouple.num_ranges":
+            return row.numeric.change(recipe, found[0])
+    return {}
+
+
+def _numeric(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choice]:
+    """An arm for each number that belongs to the part, or to a related one that is named by symbol or unit."""
+    for row in family(part):
+        found = [replace(number, each=each) for number in _own_numbers(row, text, strict=row is not part)]
+        if not found or row.numeric is None:
+            continue
+        given = next((one for one in row.replacements if one.name == "given weights"), None)
+        if given is not None:
+            changes = [(variant, change) for variant, change in given.variants(recipe, text, found)]
+        else:
+            changes = [
+                (str(number) if len(found) > 1 else "", row.numeric.change(recipe, number)) for number in _once(found)
+            ]
+        for variant, change in changes:
+            yield Choice(change, 1.0 if row is part else SURE, variant, "", row.needs(recipe))
+        return
+
+
+def _own_numbers(part: Part, text: str, *, strict: bool) -> list[Number]:
+    if part.numeric is None:
+        return []
+    if _VARYING.search(text):
+        return []  # a value that changes is not one
+    symbols, units = part.numeric.symbols, part.numeric.units
+    every = numbers(text)
+    symbol = [n for n in every if n.symbol in symbols]
+    unit = [n for n in every if n.after in units]
+    if strict and not symbol and not unit:
+        return []
+    if symbol:
+        every = every[every.index(symbol[0]) :]
+    others = _SYMBOLS - {*symbols}
+    return [n for n in every if n.symbol not in others and n.after in (*units, *_JOINING)]
+
+
+def _once(found: Sequence[Number]) -> list[Number]:
+    return list({(number.value, number.kind): number for number in found}.values())
+
+
+def _unknown(part: Part, text: str, wording: str) -> Meant:
+    foreign = ranked({row.name: score(wording, row.names) for row in FOREIGN})
+    near = tuple(dict.fromkeys(fit.replacement.name for fit in _fits(part, wording)))[:3]
+    if foreign and foreign[0][1] >= LOOSE.least:
+        row = next(row for row in FOREIGN if row.name == foreign[0][0])
+        return Meant(reason=f"{row.name}: {row.reason}", nearest=near or takes(part), score=_best(part, wording))
+    reason = f"{part.name} takes nothing that is surely meant by {text!r}; it takes {'; '.join(takes(part))}"
+    return Meant(reason=reason, nearest=near or takes(part), score=_best(part, wording))

@@ -1,0 +1,98 @@
+"""`deme ablate`: a plan's ablations carried out on a recipe, or what that would be."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deme_diffusion.cli import show
+from deme_diffusion.cli.command import app
+from deme_diffusion.cli.options import AsJson, DryRun, Jobs, Out, Overrides
+from deme_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from deme_diffusion.ablate.experiment import Experiment
+    from deme_diffusion.ablate.running import Findings
+
+
+@app.command()
+def ablate(
+    plan: Annotated[str | None, typer.Argument(help="A plan's document, or the name of a packaged one.")] = None,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The baseline: name of a packaged recipe, a YAML path, or a run folder.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Train every arm with the seeds 0 to K - 1.")] = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a plan of which anything cannot be carried out.")
+    ] = False,
+    max_arms: Annotated[int | None, typer.Option(min=1, help="Run more than 500 arms, up to so many.")] = None,
+    parts: Annotated[bool, typer.Option("--parts", help="List the parts that can be ablated and stop.")] = False,
+) -> None:
+    """Carry out an ablation plan on a recipe: every arm with one change, what they share made once, a verdict each."""
+    if parts:
+        _list_parts(as_json)
+        return
+    if plan is None or "=" in plan:
+        raise UserError("deme ablate: no plan; deme ablate PLAN --recipe RECIPE, PLAN a document, or baselines")
+    if recipe is None:
+        raise UserError(f"deme ablate {plan}: no baseline; add --recipe RECIPE")
+    from deme_diffusion.ablate.experiment import check
+    from deme_diffusion.ablate.running import carried_out, opened_plan
+
+    changes = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]
+    command = shlex.join(["deme", *sys.argv[1:]])
+    opened = opened_plan(plan, recipe, changes, seeds=seeds, out=out, command=command, download=not dry_run)
+    check(opened, strict=strict, max_arms=max_arms, dry=dry_run)
+    if dry_run:
+        _say_plan(opened, as_json)
+        return
+    found = carried_out(opened)
+    _say_findings(found, as_json)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _list_parts(as_json: bool) -> None:
+    from deme_diffusion.ablate.parts import listing
+
+    rows = list(listing())
+    if as_json:
+        show.as_json(rows)
+        return
+    for row in rows:
+        told = [f"  {name}: {value}" for name, value in row.items() if value and name not in ("part", "description")]
+        show.say(f"{row['part']}: {row['description']}", *told)
+
+
+def _say_plan(opened: Experiment, as_json: bool) -> None:
+    from deme_diffusion.ablate.outcome import planned
+
+    if as_json:
+        show.as_json(planned(opened))
+        return
+    from deme_diffusion.ablate.told import metric_lines, needs_lines, problem_lines, tables
+
+    show.tables(tables(opened))
+    show.say(*metric_lines(opened), *problem_lines(opened), *needs_lines(opened))
+
+
+def _say_findings(found: Findings, as_json: bool) -> None:
+    if as_json:
+        show.as_json(found.content)
+        return
+    from deme_diffusion.ablate.told import made_lines
+    from deme_diffusion.report.ablation import rich_tables
+
+    show.tables(rich_tables(found.content))
+    show.say(*found.sentences, *made_lines(found.content))
+    page = Path(found.folder) / "report.html"
+    show.say(page if page.exists() else found.folder)
