@@ -67,7 +67,20 @@ TORCH_FREE += [
 ]
 TORCH_FREE += [
     f"pipeline.{name}"
-    for name in ("graph", "models", "dividing", "node", "inputs", "estimate", "run", "table", "engine", "workers", "sampling", "__init__")
+    for name in (
+        "graph",
+        "models",
+        "dividing",
+        "node",
+        "inputs",
+        "estimate",
+        "run",
+        "table",
+        "engine",
+        "workers",
+        "sampling",
+        "__init__",
+    )
 ]
 HEAVY = ("torch", "diffusers", "accelerate", "safetensors.torch", "torchmetrics")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

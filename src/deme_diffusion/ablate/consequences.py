@@ -6,7 +6,6 @@ from typing import Any
 
 from deme_diffusion.ablate.rows import Change
 from deme_diffusion.config import Recipe
-from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.merging.search import check_search
 from deme_diffusion.merging.search.costs import DERIVED
@@ -112,6 +111,3 @@ def applied(recipe: Recipe, change: Change) -> Recipe:
     result = changed(recipe, change)
     check(result)
     return result
-
-
-__all__ = ["UserError", "applied", "check", "completed"]

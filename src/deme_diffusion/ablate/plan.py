@@ -14,8 +14,8 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 class Ablation:
     """One ablation as its author wrote it.
 
-    `replacement` and `metrics` are free text, an entry each. `change` is what the YAML form may say exactly (config path
-    -> value), for every arm; `changes` the same for single replacements, by their text.
+    `replacement` and `metrics` are free text, an entry each. `change` is what the YAML form may say exactly, as config
+    path -> value, for every arm; `changes` the same for single replacements, by their text.
     """
 
     name: str

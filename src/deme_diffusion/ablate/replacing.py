@@ -16,7 +16,23 @@ from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.recipes import changed
 
-STRANGE = frozenset(vocabulary.FOREIGN) | {"othermtl", "otheremerge", "randomsearch", "distill"}
+STRANGE = frozenset(vocabulary.FOREIGN) | {"othermtl", "othermerge", "randomsearch", "distill"}
+CHANGES = frozenset(
+    [
+        "minsnr",
+        "ptwo",
+        "snrplusone",
+        "truncatedsnr",
+        "scratch",
+        "uncertainty",
+        "nash",
+        "ties",
+        "dare",
+        "fisher",
+        "slerp",
+    ]
+)
+"""Changes of their own: a replacement of another part that names one besides means both, which no arm here is."""
 FOREIGN_PENALTY = 0.3
 """A text with a word for what is no part of the method is taken only where all else fits."""
 SURE = 0.9
@@ -138,7 +154,10 @@ def _choices(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choi
 def _fits(part: Part, text: str) -> list[_Fit]:
     """The replacements that fit a text, the best first; of equals, the part's own before related parts'."""
     own = part.field - _telling(part)
-    strange = FOREIGN_PENALTY if any(tag.concept in STRANGE and tag.place == 1.0 for tag in tagged(text)) else 0.0
+    elsewhere = CHANGES - _telling(part)
+    strange = (
+        FOREIGN_PENALTY if any(tag.concept in STRANGE | elsewhere and tag.place == 1.0 for tag in tagged(text)) else 0.0
+    )
     found = [
         _Fit(row, one, 0.95 if one.pattern and re.search(one.pattern, text) else score(text, one.names, own) - strange)
         for row in family(part)

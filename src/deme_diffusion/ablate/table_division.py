@@ -19,7 +19,7 @@ RANDOM_ASSIGNMENT: Change = {"decouple.division": "random_assignment"}
 
 def whole(number: Number, what: str) -> int:
     """The number as a count. Raises UserError for one that is none."""
-    if number.value != int(number.value) or number.value < 1:
+    if number.value != int(number.value) or not 1 <= number.value < 1e12:
         raise UserError(f"{number.value:g} is no number of {what}")
     return int(number.value)
 

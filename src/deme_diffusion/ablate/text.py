@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _SPELLINGS = (
     (r"\b2\s*n\b", "double"),
     (r"\b3\s*x\s*3\b", "threebythree"),
     (r"\biso[- ]c\b", "isoc"),
+    (r"\bdare\s*\+\s*ties\b|\bties\s*\+\s*dare\b", "dare ties"),
     (r"\beuler[- ]?a\b", "eulerancestral"),
     (r"\bfine[- ]?tun", "finetun"),
     (r"\bpre[- ]?train", "pretrain"),
@@ -172,6 +174,8 @@ def _number(match: re.Match[str], text: str) -> Number | None:
             value **= int(match["raised"]) if abs(int(match["raised"])) < 30 else 0
         power = match["power"] or match["exponent"]
         value = float(f"{value}e{power}") if power else value
+        if not math.isfinite(value * 1e6):
+            return None
     except (ValueError, OverflowError):
         return None
     value, unit, after = -value if match["sign"] else value, match["unit"] or "", _next(text, match.end())

@@ -79,7 +79,7 @@ CONCEPTS: dict[str, str] = {
     "tsv": "tsv, task singular vector, tsv merge, singular vector, tsvm",
     "isoc": "isoc, isotropic merging, isotropic, isotropic model merging, iso",
     "wudi": "wudi, wudi merging, interference minimization, wudi merge",
-    "otheremerge": "regmean, adamerging, zipit, git rebasin, rebasin, emr merging, pcb merging, lorahub, "
+    "othermerge": "regmean, adamerging, zipit, git rebasin, rebasin, emr merging, pcb merging, lorahub, "
     "optimal transport, permutation alignment, otfusion, neuron alignment, consensus merging, model stock, "
     "twin merging, stitching, parameter selection, selective merging, sequential merging, hierarchical merging, "
     "progressive merging, pairwise merging, gradual merging, iterative merging, max pooling, weight pruning, "
