@@ -15,7 +15,7 @@ import pytest
 
 import test_cli
 from deme_diffusion.ablate import read_plan
-from deme_diffusion.ablate.experiment import compared, open_experiment
+from deme_diffusion.ablate.opening import compared, open_experiment
 from deme_diffusion.ablate.reading import read_text
 from deme_diffusion.ablate.resolve import resolve
 from deme_diffusion.config import Recipe

@@ -18,7 +18,7 @@ import pytest
 import test_cli
 import test_planner as planning
 from deme_diffusion.ablate import read_plan
-from deme_diffusion.ablate.experiment import open_experiment
+from deme_diffusion.ablate.opening import open_experiment
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.planner import service

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deme_diffusion.ablate import outcome
-from deme_diffusion.ablate.experiment import Experiment, check, open_experiment
+from deme_diffusion.ablate.experiment import Experiment
 from deme_diffusion.ablate.folder import slug, write_record
+from deme_diffusion.ablate.opening import check, open_experiment
 from deme_diffusion.ablate.plan import Plan
 from deme_diffusion.ablate.reading import read_plan
 from deme_diffusion.errors import Interrupted, UserError, nearest

@@ -9,7 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from deme_diffusion.ablate.experiment import MOST_ARMS, Experiment, Part
+from deme_diffusion.ablate.experiment import Experiment, Part
+from deme_diffusion.ablate.opening import MOST_ARMS
 from deme_diffusion.pipeline.estimate import seconds_of, time_said
 
 STYLES = {"ready": "green", "same_as_baseline": "yellow", "not_executable": "red"}

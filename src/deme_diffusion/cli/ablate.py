@@ -45,7 +45,7 @@ def ablate(
         raise UserError("deme ablate: no plan; deme ablate PLAN --recipe RECIPE, PLAN a document, or baselines")
     if recipe is None:
         raise UserError(f"deme ablate {plan}: no baseline; add --recipe RECIPE")
-    from deme_diffusion.ablate.experiment import check
+    from deme_diffusion.ablate.opening import check
     from deme_diffusion.ablate.running import carried_out, opened_plan
 
     changes = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deme_diffusion.ablate.arms import Arm, Resolved
-from deme_diffusion.ablate.experiment import compared
+from deme_diffusion.ablate.opening import compared
 from deme_diffusion.ablate.parts import PARTS
 from deme_diffusion.ablate.plan import Ablation, Action
 from deme_diffusion.ablate.resolve import resolve

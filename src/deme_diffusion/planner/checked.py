@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from deme_diffusion.ablate.entries import normalised
-from deme_diffusion.ablate.experiment import open_experiment
+from deme_diffusion.ablate.opening import open_experiment
 from deme_diffusion.ablate.plan import Plan
 from deme_diffusion.ablate.reading import read_text
 from deme_diffusion.ablate.writing import to_markdown
