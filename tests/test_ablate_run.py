@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,17 +14,25 @@ import yaml
 
 from conftest import make_pico_values
 from deme_diffusion.ablate.experiment import Experiment
-from deme_diffusion.ablate.outcome import planned
+from deme_diffusion.ablate.folder import begin, unused
+from deme_diffusion.ablate.opening import check
+from deme_diffusion.ablate.outcome import _labels, content, planned
 from deme_diffusion.ablate.plan import Ablation, Plan
 from deme_diffusion.ablate.running import Findings, carried_out, opened_plan, run_plan
-from deme_diffusion.artefacts import Store, clean, referenced
+from deme_diffusion.ablate.writing import to_yaml
+from deme_diffusion.artefacts import Artefact, Store, clean, referenced
 from deme_diffusion.config import Recipe
+from deme_diffusion.decoupling import train
 from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.evaluation import cost
 from deme_diffusion.pipeline import stages as stages_module
-from deme_diffusion.pipeline.engine import _Queue, _Task
+from deme_diffusion.pipeline.engine import Engine
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import open_run
+from deme_diffusion.pipeline.tasks import Queue, Task
 from deme_diffusion.recipes import Loaded, load
+from deme_diffusion.report.ablation import verdicts
+from deme_diffusion.report.ablation_record import check_record
 from deme_diffusion.report.tables import read_table
 
 Values = dict[str, Any]
@@ -38,8 +47,11 @@ def arms(name: str = "Arms", **changes: Mapping[str, Any]) -> Ablation:
 
 
 @pytest.fixture
-def recipe(pico_values: Values, tmp_path: Path) -> Path:
-    """The pico recipe as a file, with uniform weights."""
+def recipe(pico_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pico recipe as a file, with uniform weights; what serving costs and takes is measured once, for speed."""
+    monkeypatch.setattr(cost, "REPEATS", 1)
+    monkeypatch.setattr(cost, "LOADS", 1)
+    monkeypatch.setattr(train, "check_memory", lambda *given, **named: None)
     pico_values["merge"]["search"] = "none"
     return written(pico_values, tmp_path)
 
@@ -60,6 +72,12 @@ def run(recipe: Path, *ablations: Ablation) -> Findings:
 
 def statuses(found: Findings) -> dict[str, str]:
     return {arm["label"]: arm["status"] for part in found.content["ablations"] for arm in part["arms"]}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What `ablation.json` in a folder holds."""
+    content: dict[str, Any] = json.loads((folder / "ablation.json").read_text())
+    return content
 
 
 def arm(found: Findings, label: str) -> dict[str, Any]:
@@ -122,7 +140,9 @@ def test_a_setting_that_plays_no_part_leaves_the_baseline(recipe: Path) -> None:
     assert not there.folder.exists(), "opening makes nothing"
 
 
-def test_the_baseline_is_the_recipes_own_run(recipe: Path, made: Counter[str]) -> None:
+def test_the_baseline_is_the_recipes_own_run(
+    recipe: Path, made: Counter[str], caplog: pytest.LogCaptureFixture
+) -> None:
     whole = open_run(load(str(recipe)), out=recipe.parent / "runs" / "pico")
     whole.execute()
     whole.report()
@@ -135,6 +155,12 @@ def test_the_baseline_is_the_recipes_own_run(recipe: Path, made: Counter[str]) -
             assert figure == table["merged"][name]
     page = (whole.folder / "report.html").read_text()
     assert "No merging" in page, "the page of a finished run is written again"
+    for name, text in (("old", "{}"), ("foreign", '{"plan": 1, "recipe": 2, "ablations": [3]}'), ("broken", "{")):
+        (whole.folder / "ablations" / name).mkdir()
+        (whole.folder / "ablations" / name / "ablation.json").write_text(text)
+    whole.report()
+    assert "No merging" in (whole.folder / "report.html").read_text()
+    assert all(f"{name}/ablation.json" in caplog.text for name in ("old", "foreign", "broken"))
 
 
 # what it says
@@ -257,6 +283,8 @@ def test_a_failing_arm_stops_no_other_and_alone_runs_again(
         failing(patch, 3, MachineError("no memory\nleft"), calls)
         first = run(recipe, *ablations)
     assert statuses(first) == {"longer": "failed", "shorter": "done", "removed": "done"}
+    assert len(calls) == 5, "the other expert of the arm that failed is not trained"
+    assert (arm(first, "longer")["steps"], first.content["steps"]) == (0, {"shared": 6, "independent": 10})
     assert arm(first, "longer")["error"] == "no memory left"
     assert first.failed == ["Arms: longer: no memory left"]
     assert "no memory left" in (first.folder / "ablation.md").read_text()
@@ -281,19 +309,53 @@ def test_a_look_ahead_that_finds_an_arm_wrong_refuses_that_arm_alone(recipe: Pat
 
 
 def test_without_a_baseline_there_is_nothing_to_compare(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, 2, MachineError("gone"), [])
+    def gone(self: Any, node: Node, folder: Path) -> Any:
+        raise MachineError("gone")
+
+    failing(monkeypatch, 3, MachineError("no memory left"), [])
+    monkeypatch.setattr(stages_module.Stages, "_cost", gone)
     with pytest.raises(MachineError, match="gone"):
+        run(recipe, arms(longer=LONGER, shorter={"decouple.total_steps": 2}))
+    there = record(recipe.parent / "runs/pico/ablations/plan")
+    assert (there["baseline"]["status"], there["baseline"]["error"]) == ("failed", "gone")
+    longer, shorter = there["ablations"][0]["arms"]
+    assert (longer["status"], longer["error"], shorter["status"]) == ("failed", "no memory left", "missing")
+
+
+def test_a_record_that_tells_of_more_outlives_an_interruption(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(recipe, arms(longer=LONGER))
+    shutil.rmtree(recipe.parent / "runs" / "store")
+    failing(monkeypatch, 3, Interrupted("checkpoint written"), [])
+    with pytest.raises(Interrupted):
         run(recipe, arms(longer=LONGER))
+    assert record(first.folder) == json.loads(json.dumps(first.content))
 
 
-def test_an_interrupted_experiment_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_another_recipe_gets_no_record(recipe: Path, pico_values: Values) -> None:
+    folder = recipe.parent / "runs" / "pico"
+    open_run(load(str(recipe)), out=folder).execute(lambda graph: graph.experts[0])
+    other = written({**pico_values, "decouple": {**pico_values["decouple"], "total_steps": 8}}, recipe.parent / "other")
+    with pytest.raises(UserError, match="another recipe"):
+        run_plan(Plan("", [REMOVED]), other, out=folder)
+    assert not (folder / "ablations").exists()
+
+
+def test_an_interrupted_experiment_goes_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[str] = []
     ablations = (arms(longer=LONGER, shorter={"decouple.total_steps": 2}),)
     with monkeypatch.context() as patch:
         failing(patch, 3, Interrupted("checkpoint written"), calls)
         with pytest.raises(Interrupted):
             run(recipe, *ablations)
-    assert not (recipe.parent / "runs/pico/ablations/plan/ablation.json").exists(), "what serving costs comes last"
+    folder = recipe.parent / "runs/pico/ablations/plan"
+    there = record(folder)
+    assert (there["baseline"]["status"], there["baseline"]["metrics"]) == ("missing", {}), "serving costs come last"
+    assert [arm["status"] for arm in there["ablations"][0]["arms"]] == ["missing", "missing"]
+    assert "baseline: missing; arms: 2 missing" in caplog.text
+    assert [verdict.sentence for verdict in verdicts(there)] == ['Replacing "training" has not been run yet.']
+    check_record(there)
     calls.clear()
     failing(monkeypatch, 0, MachineError("never"), calls)
     assert set(statuses(run(recipe, *ablations)).values()) == {"done"}
@@ -303,7 +365,7 @@ def test_an_interrupted_experiment_goes_on(recipe: Path, monkeypatch: pytest.Mon
 def test_what_ran_when_a_process_died_runs_alone(pico_recipe: Recipe) -> None:
     graph = open_run(Loaded(pico_recipe, {}), out=Path("nowhere")).graph
     experts = graph.experts[0]
-    queue = _Queue({node.digest: _Task(graph, node) for node in experts})
+    queue = Queue({node.digest: Task(graph, node) for node in experts})
     for i, task in enumerate(queue.ready(2)):
         queue.running[i] = task  # type: ignore[index]
         del queue.missing[task.node.digest]
@@ -326,9 +388,113 @@ def test_divisions_by_gradients_are_compared_first(recipe: Path, made: Counter[s
     assert statuses(found) == {"similar": "done", "removed": "done"}
     assert made["similarity"] == 1
     assert not there.cases[1].graph.provisional
+    assert arm(found, "similar")["reason"] == "", "nothing waits any more"
+    runs = recipe.parent / "runs"
+    assert not clean(Store(runs / "store"), referenced(runs), dry_run=True), "the similarity is kept as well"
+
+
+def test_what_was_asked_for_beside_a_recipes_stages_stays_named(recipe: Path) -> None:
+    there = open_run(load(str(recipe)), out=recipe.parent / "runs" / "pico")
+    there.prepare()
+    asked = there.graph.compared()
+    there.finished(asked, Artefact(there.folder, {"digest": asked.digest, "seconds": 1.0}), False)
+    again = open_run(load(str(recipe)), out=there.folder)
+    again.prepare()
+    assert ("similarity", asked.digest) in referenced(recipe.parent / "runs")
+
+
+def test_what_the_baseline_needs_and_fails_before_the_comparison_ends_it(
+    pico_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = {"sample_size": 8, "block_out_channels": [4, 8], "norm_num_groups": 2}
+    pretrain = {"total_steps": 1, "train_batch_size": 4, "unet": unet, "scheduler": {"num_train_timesteps": 20}}
+    pico_values |= {"model": {}, "pretrain": pretrain}
+    failing_once(monkeypatch, "_pretrain")
+    with pytest.raises(MachineError, match="once"):
+        similar = {"decouple.division": "gradient_similarity", "similarity.bins": 4}
+        run(written(pico_values, tmp_path), arms(similar=similar))
+
+
+def test_what_failed_is_tried_again_in_the_engines_next_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = opened(recipe, arms(longer=LONGER))
+    there.run.prepare()
+    failing_once(monkeypatch, "_decouple")
+    baseline, longer = there.cases
+    needed = [node for node in baseline.needed if not node.exclusive]
+    with Engine(there.run.store, there.run.recipe.runtime, lambda *_: None) as engine:
+        engine.run([(longer.graph, []), (baseline.graph, needed)])
+        assert str(engine.error_of(baseline.graph, needed)) == "once"
+        engine.run([(longer.graph, []), (baseline.graph, needed)])
+        assert engine.error_of(baseline.graph, needed) is None
+    assert all(there.run.store.status(node.key) == "done" for node in needed)
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The first stage of a kind fails."""
+    train, calls = getattr(stages_module.Stages, stage), list[str]()
+
+    def called(self: Any, node: Node, folder: Path) -> Any:
+        calls.append(node.label)
+        if len(calls) == 1:
+            raise MachineError("once")
+        return train(self, node, folder)
+
+    monkeypatch.setattr(stages_module.Stages, stage, called)
 
 
 # opening
+
+
+def test_another_plan_of_the_same_name_has_a_folder_of_its_own(recipe: Path) -> None:
+    def folder(plan: Plan | Path) -> str:
+        there = opened_plan(plan, str(recipe), [], out=recipe.parent / "runs" / "pico")
+        there.run.prepare()
+        begin(there)
+        return there.folder.name
+
+    more = Plan("why", [REMOVED, arms(longer=LONGER)])
+    assert folder(Plan("why", [REMOVED])) == "plan"
+    assert folder(more).startswith("plan-") and folder(more) == folder(more)
+    assert folder(Plan("otherwise told", [REMOVED])) == "plan", "the same ablations"
+    source = recipe.parent / "plan.yaml"
+    source.write_text(to_yaml(more))
+    assert folder(source) == folder(more)
+    source.rename(recipe.parent / "Store.yaml")
+    assert folder(recipe.parent / "Store.yaml") == "store-2", "the store's name is taken"
+
+
+def test_no_arm_is_called_as_the_store(recipe: Path) -> None:
+    there = opened(recipe, Ablation("", "", "REPLACE", ["store", "."], changes={"store": LONGER, ".": {}}))
+    assert "store" not in {trial.slug for trial in there.trials}
+    taken: set[str] = set()
+    names = [unused(text, taken) for text in ("store", ".", "..", "", "STORE")]
+    assert len(set(names)) == 5 and not {"store", ".", "..", ""} & set(names)
+
+
+def test_exact_changes_of_several_parts_are_of_none(recipe: Path) -> None:
+    merging, longer = {"merge.method": "ties"}, LONGER
+    assert opened(recipe, arms(a=longer, b={"decouple.total_steps": 8})).parts[0].resolved.part == "training length"
+    assert opened(recipe, arms(a=longer, b=merging)).parts[0].resolved.part is None
+
+
+def test_an_arm_whose_base_cannot_be_fetched_failed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    elsewhere = {"model.pretrained": "nobody/nothing"}
+    there = opened(recipe, arms(elsewhere=elsewhere), REMOVED)
+    check(there)
+    (arm,) = content(there)["ablations"][0]["arms"]
+    assert arm["status"] == "failed" and "no network" in arm["error"]
+    with pytest.raises(MachineError, match="no network"):
+        check(opened(recipe, arms(elsewhere=elsewhere)))
+
+
+def test_samplers_that_the_baseline_has_keep_their_names() -> None:
+    assert _labels(["DDPM-3", "DDIM-2"], ["DDIM-2", "DDPM-3"]) == {}
+    assert _labels(["DDPM-3", "DDIM-9"], ["DDIM-2", "DDPM-3"]) == {"DDIM-9": "DDIM-2"}
+    assert _labels(["DDIM-9", "DDIM-8"], ["DDIM-2"]) == {"DDIM-9": "DDIM-2"}
 
 
 def test_a_plan_without_ablations_is_refused(recipe: Path) -> None:
@@ -363,6 +529,9 @@ def test_names_of_arms_never_collide(recipe: Path) -> None:
 
 def test_failures_are_logged_in_a_line(recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     failing(monkeypatch, 3, MachineError("no memory left"), [])
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.INFO):
         run(recipe, arms(longer=LONGER))
     assert "pico-arms.longer: expert 0 [0,10) failed: no memory left" in caplog.text
+    told = [line for line in caplog.messages if "features of" in line or "sample " in line]
+    assert not told, "of stages that take no time there is no line"
+    assert sum("pico: expert" in line and "done in" in line for line in caplog.messages) == 2, "of trainings there is"

@@ -286,6 +286,27 @@ def test_clean_keeps_referenced_and_locked(store: Store) -> None:
     assert store.status(keys[2]) == "missing"
 
 
+def test_plans_asked_of_a_model_stop_no_clean_up(tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "digits-model.request.json").write_text("{}")
+    assert artefacts.referenced(tmp_path) == set()
+    (tmp_path / "plans" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"plans/run\.json"):
+        artefacts.referenced(tmp_path)
+
+
+def test_experiments_on_an_arm_that_was_run_are_kept(tmp_path: Path) -> None:
+    deep = "demo/ablations/plan/arms/k.two/ablations/k"
+    for i, folder in enumerate(("demo", "demo/ablations/plan", str(Path(deep).parents[1]), deep)):
+        files.write_json(tmp_path / folder / "run.json", {"stages": [{"stage": "merge", "digest": f"{i}"}]})
+    files.write_json(tmp_path / "store" / "merge" / "run.json", {})
+    files.link(tmp_path / "store", tmp_path / deep / "arms" / "store")
+    assert artefacts.referenced(tmp_path) == {("merge", f"{i}") for i in range(4)}
+    (tmp_path / deep / "run.json").unlink()
+    with pytest.raises(UserError, match=r"ablations/k/run\.json"):
+        artefacts.referenced(tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "{", "{}", "[]", '{"stages": [{"stage": "merge"}]}', '{"stages": {"a": 1}}'])
 def test_unreadable_run_stops_the_clean_up(tmp_path: Path, text: str | None) -> None:
     (tmp_path / "demo").mkdir()

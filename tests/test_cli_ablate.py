@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from ablations import DDIM, ablation, arm, experiment, sampled
+from deme_diffusion.ablate.opening import MOST_ARMS
 from deme_diffusion.ablate.parts import PARTS
-from deme_diffusion.ablate.running import PACKAGED
+from deme_diffusion.ablate.running import PACKAGED, Findings
+from deme_diffusion.ablate.told import why
+from deme_diffusion.cli.ablate import _say_findings
 from deme_diffusion.errors import MachineError
 from deme_diffusion.pipeline import stages as stages_module
 from test_cli import NO_NETWORK_NO_TORCH, Deme, deme  # noqa: F401  (a fixture)
@@ -61,9 +65,8 @@ def test_dry_run_prints_one_object(deme: Deme, tmp_path: Path) -> None:  # noqa:
     assert (first["name"], first["action"], first["part"]) == ("No merging", "REMOVE", "merging")
     assert [metric["asked"] for metric in first["metrics"]] == ["FID", "CLIP score"]
     (removed,) = first["arms"]
-    assert set(removed) == {"replacement", "change", "status", "reason", "nearest"}
     assert removed == {"replacement": None, "change": {"merge.method": "none"}, "status": "ready", "reason": "",
-                       "nearest": []}  # fmt: skip
+                       "nearest": [], "score": 1.0}  # fmt: skip
     assert [(arm["replacement"], arm["status"]) for arm in second["arms"]] == [
         ("longer", "ready"),
         ("as it is", "same_as_baseline"),
@@ -80,6 +83,28 @@ def test_dry_run_for_people_says_what_will_run(deme: Deme) -> None:  # noqa: F81
     for said in ("merge.method=none", "not executable", "same as baseline", "CLIP score", "2 of 4 arms", "3 seeds"):
         assert said in outcome.out, said
     assert "30 steps; as independent runs 42" in outcome.out
+
+
+def test_dry_run_for_people_prints_a_plans_text_as_it_is(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    plan = yaml.safe_load(ONE)
+    plan["ablations"][0]["name"], plan["ablations"][0]["replacement"][0]["name"] = "[bold red]x :warning:", "[/]"
+    (tmp_path / "marked.yaml").write_text(yaml.safe_dump(plan))
+    outcome = deme("ablate", "marked.yaml", "--recipe", "pico.yaml", "--dry-run")
+    assert outcome.status == 0
+    assert "[bold red]x :warning:" in outcome.out and "[/]" in outcome.out
+
+
+def test_many_comparisons_are_judged_together_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [arm(f"arm {i}", metrics={DDIM: sampled([8.0 + i / 100, 8.3, 8.6])}) for i in range(11)]
+    content = experiment(ablation(*arms))
+    _say_findings(Findings(tmp_path, content, ("A sentence.",)), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    said = lines[lines.index("A sentence.") + 1]
+    assert said.startswith("11 comparisons, each with a 95% interval") and "Holm's correction" in said
+    _say_findings(Findings(tmp_path, experiment(ablation(*arms[:2])), ("A sentence.",)), as_json=False)
+    assert "Holm" not in capsys.readouterr().out
 
 
 def test_overrides_seeds_and_out_choose_the_folder(deme: Deme) -> None:  # noqa: F811
@@ -116,7 +141,7 @@ def test_dry_run_touches_no_network_and_imports_no_torch(tmp_path: Path) -> None
 def test_packaged_baselines_are_ready_at_equal_budget(deme: Deme, recipe: str) -> None:  # noqa: F811
     outcome = deme("ablate", "baselines", "--recipe", recipe, "--dry-run", "--json")
     planned = json.loads(outcome.out)
-    arms = planned["ablations"][0]["arms"]
+    arms = [arm for ablation in planned["ablations"] for arm in ablation["arms"]]
     assert len(arms) == 9 and {arm["status"] for arm in arms} == {"ready"}, arms
     assert all(arm["change"]["merge.method"] == "none" for arm in arms)
     assert sum("decouple.num_ranges" not in arm["change"] for arm in arms) == 1, "the experts before merging"
@@ -128,14 +153,71 @@ def test_strict_names_the_first_and_counts_the_rest(deme: Deme) -> None:  # noqa
     assert refusal.startswith("plan.yaml: Steps: as it is: same as baseline") and refusal.endswith("(and 1 more)")
 
 
-def test_many_arms_need_permission(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
-    replacement = [{"name": f"{i}", "set": {"decouple.total_steps": i}} for i in range(5, 506)]
+def test_strict_lets_metrics_pass_that_cannot_be_given(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "clip.yaml").write_text(PLAN.split("  - name: Steps")[0])
+    outcome = deme("ablate", "clip.yaml", "--recipe", "pico.yaml", "--dry-run", "--strict")
+    assert outcome.status == 0 and "CLIP score: not applicable" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seeds": [5]}, {"evaluate.num_images": 8}, {"evaluate.sampling_seeds": 2}, {"runtime.device": "cuda"},
+     {"name": "other"}, {"data.image_size": 8}, {"extractor.kind": "inception"}],
+)  # fmt: skip
+def test_arms_that_nothing_could_be_compared_with_are_refused(deme: Deme, tmp_path: Path, change: Any) -> None:  # noqa: F811
+    entry = {"name": "Odd", "ablated_part": "x", "action": "REPLACE", "replacement": [{"name": "a", "set": change}]}
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump({"ablations": [entry]}))
+    (arm,) = dry(deme, "odd.yaml")["ablations"][0]["arms"]
+    assert arm["status"] == "not_executable" and next(iter(change)) in arm["reason"]
+    outcome = deme("ablate", "odd.yaml", "--recipe", "pico.yaml", "--dry-run")
+    assert outcome.status == 0 and "without --dry-run this is refused" in outcome.out
+
+
+def test_equal_arms_and_ablations_are_told(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "twice.yaml").write_text(ONE + ONE.replace("ablations:\n", "").replace("name: Longer", "name: Again"))
+    first, second = dry(deme, "twice.yaml")["ablations"]
+    assert (first["arms"][0]["reason"], second["arms"][0]["reason"]) == ("", "same as 'longer.a', run once")
+    out = deme("ablate", "twice.yaml", "--recipe", "pico.yaml", "--dry-run").out
+    assert "ablation 2 (Again) equals ablation 1" in out
+
+
+def test_one_bad_replacement_leaves_the_others(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "bad.yaml").write_text(PLAN.replace("set: {decouple.total_steps: 4}", "set: [1]"))
+    planned = dry(deme, "bad.yaml")
+    assert [arm["replacement"] for arm in planned["ablations"][1]["arms"]] == ["longer", "too many experts"]
+    (problem,) = planned["problems"]
+    assert problem["line"] == PLAN[: PLAN.index("as it is")].count("\n") + 1 and "as it is" in problem["what"]
+
+
+def test_a_division_that_waits_is_told(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "plan.yaml").write_text(ONE.replace("total_steps: 6", "division: gradient_similarity"))
+    planned = dry(deme, "plan.yaml", "similarity.bins=4")
+    assert "waits for the similarity" in planned["ablations"][0]["arms"][0]["reason"]
+    assert planned["steps"] == {"shared": 8, "independent": 8}
+
+
+def test_a_long_list_of_what_a_part_takes_is_shown_once_and_short() -> None:
+    nearest = [f"method {i}" for i in range(9)]
+    said = why(f"merging takes nothing like that; it takes {'; '.join(nearest)}", nearest)
+    assert said.endswith("it takes method 0; method 1; method 2; method 3; method 4; 4 more (deme ablate --parts)")
+    assert why("not known", nearest) == "not known (nearest: method 0, method 1, method 2, method 3, method 4)"
+
+
+def test_many_arms_need_permission(
+    deme: Deme,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert MOST_ARMS == 500
+    for module in ("opening", "told"):
+        monkeypatch.setattr(f"deme_diffusion.ablate.{module}.MOST_ARMS", 4)
+    replacement = [{"name": f"{i}", "set": {"decouple.total_steps": i}} for i in range(5, 10)]
     entry = {"name": "Many", "ablated_part": "training", "action": "REPLACE", "replacement": replacement}
     (tmp_path / "many.yaml").write_text(yaml.safe_dump({"ablations": [entry]}))
-    assert "--max-arms 501" in deme("ablate", "many.yaml", "--recipe", "pico.yaml").refusal
-    assert "--max-arms 501" in deme("ablate", "many.yaml", "--recipe", "pico.yaml", "--max-arms", 500).refusal
+    assert "--max-arms 5 " in deme("ablate", "many.yaml", "--recipe", "pico.yaml").refusal
+    assert "--max-arms 5 " in deme("ablate", "many.yaml", "--recipe", "pico.yaml", "--max-arms", 3).refusal
     outcome = deme("ablate", "many.yaml", "--recipe", "pico.yaml", "--dry-run")
-    assert outcome.status == 0 and "--max-arms 501" in outcome.out
+    assert outcome.status == 0 and "--max-arms 5\n" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -179,6 +261,16 @@ def test_wrong_input_is_one_line(deme: Deme, tmp_path: Path, words: tuple[str, .
     assert said in deme("ablate", *words).refusal
 
 
+def test_a_plan_may_be_called_as_an_override(deme: Deme, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "a=b.yaml").write_text(ONE)
+    assert dry(deme, "a=b.yaml")["ablations"]
+
+
+def test_a_plans_text_in_place_of_its_name_is_cut(deme: Deme) -> None:  # noqa: F811
+    for words in (("x" * 10_000, "--recipe", "pico.yaml"), ("x" * 10_000,), (f"{ONE * 50}\n", "--recipe", "pico.yaml")):
+        assert len(deme("ablate", *words).refusal) < 300
+
+
 def test_parts_are_listed(deme: Deme) -> None:  # noqa: F811
     outcome = deme("ablate", "--parts")
     assert outcome.status == 0 and all(name in outcome.out for name in PARTS)
@@ -213,6 +305,17 @@ def test_a_run_ends_with_1_where_an_arm_failed_and_0_when_it_is_mended(
     assert "runs/pico/ablations/one/report.html" in outcome.out
     content = json.loads(deme("ablate", "one.yaml", "--recipe", "pico.yaml", "--json").out)
     assert content["ablations"][0]["arms"][0]["status"] == "done"
+    # its folder afterwards
+    folder = Path("runs/pico/ablations/one")
+    (folder / "report.html").unlink()
+    again = deme("report", folder)
+    assert again.status == 0 and again.out == outcome.out and (folder / "report.html").is_file()
+    assert f"deme report {folder}" in deme("report", "runs/pico").refusal
+    assert f"deme report {folder}" in deme("run", folder).refusal
+    (folder / "ablation.json").write_text("{}")
+    assert f"{folder}/ablation.json: " in deme("report", folder).refusal
+    (folder / "ablation.json").unlink()
+    assert "not finished" in deme("report", folder).refusal
 
 
 def test_packaged_plans_say_where_they_lie() -> None:

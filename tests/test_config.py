@@ -1,13 +1,15 @@
 """A recipe is checked once, where it is read: what is wrong is said in one line, with the nearest valid value."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from deme_diffusion.config import DecoupleSettings, Recipe, SamplerSettings
+from deme_diffusion.config import DecoupleSettings, PretrainSettings, Recipe, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes import load, packaged, to_yaml
@@ -287,6 +289,48 @@ def test_override_that_cannot_be_taken(override: str, line: str) -> None:
 
 
 # defaults, off values, budget
+
+
+def trainings(values: dict[str, Any], **decouple: Any) -> list[str]:
+    """Digests of what a recipe trains."""
+    graph = Graph(parse({**values, "decouple": {**values["decouple"], **decouple}}, where="x"))
+    return [node.digest for node in graph.of_stage("decouple")]
+
+
+@pytest.mark.parametrize(
+    ("idle", "beside", "plays"),
+    [
+        ({"p2_gamma": 0.5, "p2_k": 2.0}, {"loss_weighting": "min_snr"}, {"loss_weighting": "p2"}),
+        ({"init_random_share": 0.2}, {"init": "random"}, {"init": "partly_random"}),
+        ({"multi_task_clusters": 3, "multi_task_division": "log_snr"}, {}, {"multi_task": "uncertainty"}),
+        ({"multi_task_update_steps": 5}, {"multi_task": "uncertainty"}, {"multi_task": "nash"}),
+        ({"teacher_update_steps": 5}, {}, {"teacher": "ema"}),
+        ({"teacher": "ema", "teacher_update_steps": 5}, {"consistency_weight": 0.0}, {}),
+        ({"teacher_dtype": "bfloat16"}, {"consistency_weight": 0.0}, {}),
+        ({"timestep_sampling": "per_batch"}, {"global_prob": 0.0}, {"global_prob": 0.3}),
+        ({"timestep_sampling": "per_batch"}, {"global_prob": 1.0}, {}),
+        ({"ema_power": 0.6, "ema_max_decay": 0.99}, {"use_ema": False}, {}),
+    ],
+)
+def test_what_plays_no_part_trains_nothing_anew(
+    idle: dict[str, Any], beside: dict[str, Any], plays: dict[str, Any], pico_values: dict[str, Any]
+) -> None:
+    values = copy.deepcopy(pico_values)
+    values["decouple"] |= {"num_ranges": 1}
+    assert trainings(values, **beside, **idle) == trainings(values, **beside)
+    assert set(trainings(values, **plays, **idle)).isdisjoint(trainings(values, **plays))
+
+
+def test_start_that_is_wholly_or_not_at_all_random_is_that_one(pico_values: dict[str, Any]) -> None:
+    for share, init in ((0.0, "pretrained"), (1.0, "random")):
+        partly = trainings(pico_values, init="partly_random", init_random_share=share)
+        assert partly == trainings(pico_values, init=init)
+
+
+def test_both_names_of_a_weighting_keep_their_digests() -> None:
+    assert DecoupleSettings(snr_gamma=5.0).effective() == {"snr_gamma": 5.0}
+    assert DecoupleSettings(loss_weighting="min_snr").effective() == {"loss_weighting": "min_snr"}
+    assert PretrainSettings(p2_k=3.0, validation_steps=7).effective() == {"validation_steps": 7}
 
 
 def test_changed_holds_only_what_differs_from_the_defaults() -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -199,13 +200,29 @@ def test_log_snr_range_without_a_timestep_is_refused() -> None:
     ("config", "message"),
     [
         ({"beta_schedule": "liner"}, "beta_schedule 'liner' is none of .*did you mean 'linear'"),
-        ({"trained_betas": [0.1, 0.2]}, r"its betas are \(2,\); 1000 between 0 and 1"),
-        ({"beta_end": 1.5}, "between 0 and 1"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas holds 2, for num_train_timesteps=1000"),
+        ({"trained_betas": [0.1, 1.25], "num_train_timesteps": 2}, r"trained_betas holds 1.25 at t=1; above 0"),
+        ({"trained_betas": ["a", 0.1], "num_train_timesteps": 2}, "trained_betas holds what is no number"),
+        ({"beta_end": 1.5}, "beta_end is 1.5; a number above 0 and at most 1"),
+        ({"beta_start": None}, "beta_start is None; a number above 0"),
+        ({"beta_start": "small", "beta_schedule": "scaled_linear"}, "beta_start is 'small'; a number above 0"),
+        ({"beta_end": True, "beta_schedule": "sigmoid"}, "beta_end is True; a number above 0"),
     ],
 )
 def test_schedule_that_is_none_is_refused(config: Values, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        alphas_cumprod(config)
+    with pytest.raises(UserError, match=f"^here: {message}"):
+        alphas_cumprod(config, where="here")
+
+
+def test_schedule_without_terminal_signal_may_be_saved_as_betas() -> None:
+    from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
+
+    betas = rescale_zero_terminal_snr(DDPMScheduler(num_train_timesteps=30).betas)
+    assert betas[-1] == 1
+    snr = signal_to_noise({"trained_betas": betas.tolist(), "num_train_timesteps": 30, "beta_start": None})
+    shifted = signal_to_noise({"num_train_timesteps": 30, "rescale_betas_zero_snr": True})
+    assert snr[-1] == shifted[-1] == 0
+    np.testing.assert_allclose(snr, shifted, rtol=1e-3)
 
 
 # by gradients
@@ -290,6 +307,8 @@ def test_edges_of_a_file_are_its_own(tmp_path: Path) -> None:
         (np.ones((21, 21)), {}, "21 x 21 for 20 timesteps"),
         (np.full((2, 2), 3.0), {}, "between -1 and 1"),
         (np.array([["a"]]), {}, "no matrix of numbers"),
+        (np.eye(2) * 1j, {}, "holds complex numbers"),
+        (np.array([[1.0, 0.5], [0.5, 0.9]]), {}, "off 1 by 0.1 on its diagonal"),
         (np.ones((2, 2)), {"edges": [0, 20]}, r"edges have shape \(2,\) for 2 bins"),
         (np.ones((2, 2)), {"edges": [0, 25, 20]}, "ascend from 0 to 20"),
         (np.ones((2, 2)), {"edges": [0, 5, 19]}, "ascend from 0 to 20"),
@@ -349,6 +368,16 @@ def graph_of(values: Values, **decouple: Any) -> Graph:
     return Graph(parse(values, where="test"))
 
 
+def scheduled(values: Values, folder: Path, **scheduler: Any) -> Values:
+    """The recipe with another schedule beside its base."""
+    values = copy.deepcopy(values)
+    base = shutil.copytree(values["model"]["pretrained"], folder / "base")
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    values["model"]["pretrained"] = str(base)
+    return values
+
+
 def test_experts_of_equal_subsets_are_shared_between_divisions(pico_values: Values, tmp_path: Path) -> None:
     plain = [e.digest for e in graph_of(pico_values).experts[0]]
     file = write_matrix(tmp_path / "s.npz", np.kron(np.eye(2), np.ones((2, 2))))
@@ -371,6 +400,60 @@ def test_division_by_a_file_reaches_other_processes_by_its_edges(pico_values: Va
     file.unlink()
     there = Graph(graph.pinned())
     assert {n.digest for n in there.nodes} == {n.digest for n in graph.nodes}
+
+
+def test_schedule_in_a_base_s_file_that_is_none_is_refused_with_the_file(pico_values: Values, tmp_path: Path) -> None:
+    base = scheduled(pico_values, tmp_path, beta_start=None)
+    with pytest.raises(UserError, match=r"scheduler/scheduler_config.json: beta_start is None; a number"):
+        graph_of(base, division="log_snr")
+    graph_of(base)  # which looks at no schedule
+
+
+@pytest.mark.parametrize(
+    ("weighting", "section", "prediction_type", "refused"),
+    [
+        ("truncated_snr", "decouple", "epsilon", True),
+        ("snr_plus_one", "decouple", "epsilon", True),
+        ("snr_plus_one", "decouple", "v_prediction", False),
+        ("truncated_snr", "decouple", "sample", False),
+        ("truncated_snr", "pretrain", "epsilon", False),  # the base is there
+        ("min_snr", "decouple", "epsilon", False),
+        ("p2", "decouple", "epsilon", False),
+    ],
+)
+def test_infinite_weight_of_a_timestep_is_refused_at_a_dry_run(
+    weighting: str, section: str, prediction_type: str, refused: bool, pico_values: Values, tmp_path: Path
+) -> None:
+    values = scheduled(pico_values, tmp_path, rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    values[section] = {**values.get(section, {}), "loss_weighting": weighting}
+    if not refused:
+        Graph(parse(values, where="test"))
+        return
+    said = f"^decouple.loss_weighting={weighting} has no finite weight at t=19, where the SNR is 0 .*=min_snr"
+    with pytest.raises(UserError, match=said):
+        Graph(parse(values, where="test"))
+
+
+def test_infinite_weight_in_the_training_of_a_base_is_refused_at_a_dry_run(pico_values: Values) -> None:
+    steep = {"num_train_timesteps": 200, "beta_start": 0.9, "beta_end": 0.99}  # 1 / SNR is no float32
+    pretrain = {"scheduler": steep, "loss_weighting": "snr_plus_one"}
+    with pytest.raises(UserError, match=r"^pretrain.loss_weighting=snr_plus_one has no finite weight at t="):
+        Graph(parse({**pico_values, "model": {"pretrained": None}, "pretrain": pretrain}, where="test"))
+
+
+@pytest.mark.parametrize(
+    ("decouple", "said"),
+    [
+        ({"division": "explicit", "edges": [1]}, "division=explicit: of expert 0, the subset is one timestep"),
+        ({"division": "overlapping", "overlap": 0.04}, "decouple.overlap=0.04 of 10 timesteps is none: nothing"),
+        ({"division": "overlapping", "overlap": 0.1}, None),
+        ({"division": "overlapping", "overlap": 0.0}, None),
+        ({"num_ranges": 20, "total_steps": 20}, None),
+    ],
+)
+def test_division_that_was_perhaps_not_meant_is_told(decouple: Values, said: str | None, pico_values: Values) -> None:
+    remarks = graph_of(pico_values, **decouple).remarks
+    assert len(remarks) == (said is not None) and all(remark.startswith(str(said)) for remark in remarks)
 
 
 def test_one_range_needs_no_similarity(pico_values: Values) -> None:

@@ -11,10 +11,13 @@ import torch
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from deme_diffusion.analysis.similarity import MOST_AT_ONCE
 from deme_diffusion.config import UNetSettings
 from deme_diffusion.evaluation.extractors.inception_net import FEATURES, InceptionNet
 from deme_diffusion.pipeline import needs
-from deme_diffusion.pipeline.estimate import HALF, SINGLE, described, plan
+from deme_diffusion.pipeline.estimate import HALF, SINGLE, described, plan, time_said
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.needs import memory, model_cost
 from deme_diffusion.pipeline.run import open_run
 from deme_diffusion.pipeline.unet_cost import FLOAT, unet_cost
 from deme_diffusion.recipes import Loaded, load, packaged
@@ -185,6 +188,38 @@ def test_memory_of_training_counts_each_copy(change: Values, saved: int, pico_va
     assert before - after == saved * PICO
 
 
+def test_memory_of_nash_holds_a_gradient_for_each_cluster(pico_values: Values, tmp_path: Path) -> None:
+    alone = {"decouple__num_ranges": 1, "decouple__multi_task_clusters": 3}
+    methods = ("none", "uncertainty", "nash")
+    plain, uncertainty, nash = (
+        planned(pico_values, tmp_path, **alone, decouple__multi_task=method)["memory_bytes"]["training"]
+        for method in methods
+    )
+    assert uncertainty == plain and nash - plain == 3 * FLOAT * PICO
+
+
+def test_memory_of_comparing_gradients_is_that_of_a_small_batch(pico_values: Values, tmp_path: Path) -> None:
+    recipe = parse({**pico_values, "decouple": {**pico_values["decouple"], "train_batch_size": 512}}, where="test")
+    assert needs.COMPARED == MOST_AT_ONCE
+    graph = Graph(recipe)
+    compared, cost = graph.compared(), model_cost(graph)
+    assert cost is not None and memory(graph, [compared], cost)["training"] == 16 * PICO + 16 * cost.kept
+    lean = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"gradient_checkpointing": True})})
+    assert memory(Graph(lean), [compared], cost)["training"] == 16 * PICO + 16 * cost.checkpointed
+
+
+def test_what_is_to_know_of_a_division_is_told(
+    pico_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remark = "division=explicit: of expert 0, the subset is one timestep"
+    said = planned(pico_values, tmp_path, decouple__division="explicit", decouple__edges=[1])
+    assert remark in described(said)
+    values = {**pico_values, "decouple": {**pico_values["decouple"], "division": "explicit", "edges": [1]}}
+    monkeypatch.setattr("deme_diffusion.pipeline.run.run_stages", lambda *_, **__: None)
+    open_run(Loaded(parse(values, where="pico"), {}), out=tmp_path / "runs" / "pico", download=False).execute()
+    assert remark in caplog.messages
+
+
 def test_memory_grows_with_the_batch_and_less_with_checkpointing(pico_values: Values, tmp_path: Path) -> None:
     cost = unet_cost(UNet2DModel.load_config(Path(pico_values["model"]["pretrained"]) / "unet"))
     assert cost is not None
@@ -269,3 +304,7 @@ def test_a_finished_run_needs_nothing(pico_values: Values, tmp_path: Path) -> No
     said = plan(run, set())
     assert all(flops == 0 for flops in said["flops"].values()) and said["disk_bytes"] == said["steps"] == 0
     assert said["stages"] == [] and not any(itertools.chain(said["memory_bytes"].values(), [said["gpu_hours"]]))
+
+
+def test_times_are_said_in_two_digits() -> None:
+    assert [time_said(s) for s in (0, 90, 3600 * 1.96, 3600 * 29_994)] == ["0 min", "2 min", "120 min", "30,000 hours"]

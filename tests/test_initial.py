@@ -76,12 +76,13 @@ def test_pretrained_is_the_base_and_share_zero_is_too_to_the_bit() -> None:
     assert same(denoiser.module.state_dict(), before)  # the teacher, and what task vectors are relative to
 
 
-def test_random_is_a_new_module_by_the_seed_and_share_one_is_the_same() -> None:
+def test_random_is_a_new_module_by_the_seed_and_share_one_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = trained_denoiser()
     before = torch.get_rng_state()
     one = started(denoiser, Start("random", 1.0, 3)).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds a GPU's generators"))
     assert same(started(denoiser, Start("random", 1.0, 3)).state_dict(), one)
     assert same(fresh_like(denoiser.module, 3).state_dict(), one)
     assert same(started(denoiser, Start("partly_random", 1.0, 3)).state_dict(), one)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "merging": [*BELOW_DATA, "data", "models.projection", "models.placement"],
     "evaluation": BELOW_SIBLINGS,
     "analysis": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation"],
-    "report": ["errors", "files", "config", "artefacts"],
+    "report": ["errors", "files", "config", "division", "artefacts"],
     "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "analysis", "report"],
     "doctor": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
     "ablate": [*BELOW_SIBLINGS, "merging", "evaluation", "report", "pipeline"],

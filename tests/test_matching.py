@@ -71,7 +71,7 @@ def test_later_clauses_count_less() -> None:
 
 
 def test_longer_names_are_read_first_and_never_across_a_comma() -> None:
-    assert concepts(normalised("weight decay")) == ("optimizer",)
+    assert concepts(normalised("weight averaging")) == ("average",)
     assert concepts(normalised("learning rate decay")) == ("schedule",)
     assert [tag.concept for tag in tagged("TIES, DARE")] == ["ties", "dare"]
     assert [tag.concept for tag in tagged("DARE-TIES")] == ["dareties"]
@@ -110,6 +110,10 @@ def test_what_is_to_go_is_not_what_is_wanted(text: str, said: str) -> None:
         ("number of parameters", ("parameters",)),
         ("model loading time", ("load time (ms)",)),
         ("sampling throughput (images/s)", ("latency (ms)",)),
+        ("FID50k", ("FD",)),
+        ("clean-FID \N{DOWNWARDS ARROW}", ("FD",)),
+        ("CLIP score and FID", ("FD",)),
+        ("wall-clock time", ("latency (ms)",)),
     ],
 )
 def test_metrics(asked: str, columns: tuple[str, ...]) -> None:
@@ -117,7 +121,12 @@ def test_metrics(asked: str, columns: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", ["CLIP Score", "LPIPS", "human preference", "aesthetic score", "BLEU", "accuracy", "training time", ""]
+    "asked",
+    [
+        *("CLIP Score", "LPIPS", "human preference", "aesthetic score", "BLEU", "accuracy", "training time", ""),
+        *("sFID", "spatial FID", "FID-CLIP", "CLIP-FID", "FD-DINOv2", "FVD", "Recall@k", "Precision@5", "mAP"),
+        *("average precision", "hyperparameter robustness", "perceptual loss", "wallpaper score", "log density"),
+    ],
 )
 def test_metrics_that_a_recipe_cannot_give_have_a_reason(asked: str) -> None:
     metric = metric_of(asked)

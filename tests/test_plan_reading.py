@@ -13,7 +13,7 @@ from deme_diffusion.ablate import Ablation, Plan, read_plan
 from deme_diffusion.ablate.cleaning import MAX_LINE
 from deme_diffusion.ablate.entries import action_of
 from deme_diffusion.ablate.listing import split_items
-from deme_diffusion.ablate.plan import ACTIONS
+from deme_diffusion.ablate.plan import ACTIONS, Problem
 from deme_diffusion.ablate.reading import read_text
 from deme_diffusion.ablate.writing import to_html, to_markdown, to_records, to_yaml
 from deme_diffusion.errors import UserError
@@ -344,6 +344,32 @@ def test_missing_paths_and_folders(tmp_path: Path) -> None:
         read_plan(tmp_path / "none.md")
     with pytest.raises(UserError, match="is a folder"):
         read_plan(str(tmp_path))
+
+
+def test_replacements_of_one_name_are_both_kept() -> None:
+    one, other = "{name: a, set: {x.y: 1}}", "{name: a, set: {x.y: 2}}"
+    (ablation,) = read_text(f"ablations:\n- {{name: n, action: REPLACE, replacement: [{one}, {other}]}}").ablations
+    assert ablation.replacement == ["a", "a (2)"]
+    assert ablation.changes == {"a": {"x.y": 1}, "a (2)": {"x.y": 2}}
+
+
+@pytest.mark.parametrize("bad", ["{name: b, set: [1]}", "{name: b, set: 3}", "{name: {c: d}, set: {x.y: 3}}"])
+def test_a_replacement_that_cannot_be_read_is_a_problem_of_its_own(bad: str) -> None:
+    entry = "- name: n\n  action: REPLACE\n  replacement:\n    - {name: a, set: {x.y: 1}}\n    - "
+    plan = read_text(f"ablations:\n{entry}{bad}\n")
+    assert [ablation.replacement for ablation in plan.ablations] == [["a"]]
+    assert [problem.line for problem in plan.problems] == [6]
+    alone = read_text(f"ablations:\n- {{name: n, action: REPLACE, set: {{x.y: 1}}, replacement: [{bad}]}}\n")
+    assert not alone.ablations and "mapping" in alone.problems[0].what, "what is left is no other change"
+
+
+@pytest.mark.parametrize("content", ["\n- {name: n, action: REMOVE}", " {n: {action: REMOVE}}"])
+def test_one_ablation_where_several_are_listed_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.yaml").write_text(f"ablation:{content}\n")
+    plan = read_plan(tmp_path / "plan.yaml")
+    assert plan.problems[0] == Problem(1, "'ablation' is no field; did you mean 'ablations'?")
+    objects = read_text('{"ablation": [{"name": "n", "action": "REMOVE"}]}')
+    assert "did you mean 'ablations'" in objects.problems[0].what
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,18 @@ def arm(change: dict[str, Any], values: Sequence[float], *, status: str = "done"
 
 
 def write_ablations(
-    folder: Path, recipe: Recipe, arms: dict[str, list[dict[str, Any]]], baseline: Sequence[float] = (10.0, 10.2)
+    folder: Path,
+    recipe: Recipe,
+    arms: dict[str, list[dict[str, Any]]],
+    baseline: Sequence[float] = (10.0, 10.2),
+    seeds: Sequence[int] = (),
 ) -> Path:
     """An experiment's folder as `deme ablate` leaves it, with arms by part."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(to_yaml(compared(recipe)))
     content = {
         "recipe": recipe.name,
-        "seeds": list(range(len(baseline))),
+        "seeds": list(seeds or range(len(baseline))),
         "baseline": {"metrics": {"FD(x) DDIM-2": figure(baseline)}},
         "ablations": [{"name": part, "part": part, "arms": of_part} for part, of_part in arms.items()],
     }
@@ -70,7 +74,7 @@ def write_ablations(
 
 def measured(relative: float, margin: float | None, *, same: bool = True, part: str = "p") -> Measured:
     effect = Effect("FD", "none", 10 * relative, None if margin is None else 10 * margin, 3)
-    return Measured("r", same, part, "arm", {}, "done", 3, "t", "", effect, 10.0)
+    return Measured("r", same, part, "arm", {}, "done", (0, 1, 2), "t", "", effect, 10.0)
 
 
 def candidate(part: str, *, cost: float = 0.0, name: str = "x") -> Candidate:
@@ -135,6 +139,35 @@ def test_done_is_the_same_baseline_with_as_many_seeds_and_all_else_is_evidence(
     assert ("merge method", "TIES") in {(o.part, o.replacement) for o in missing(three, read_evidence(tmp_path, three))}
 
 
+def test_done_is_with_the_recipes_own_seeds(tmp_path: Path, pico_recipe: Recipe) -> None:
+    write_ablations(
+        tmp_path / "a", pico_recipe, {"merge method": [arm(TIES, [11.0, 11.2, 11.4])]}, [10.0] * 3, (5, 6, 7)
+    )
+
+    def ties(*seeds: int) -> bool:
+        recipe = pico_recipe.model_copy(update={"seeds": seeds})
+        return any(one.replacement == "TIES" for one in missing(recipe, read_evidence(tmp_path, recipe)))
+
+    assert ties(0, 1) and ties(5, 8) and not ties(7, 5)
+    write_ablations(tmp_path / "b", pico_recipe, {"merge method": [arm(TIES, [11.0, 11.2])]})
+    assert not ties(0, 1) and not ties(5, 6), "more seeds of one do not hide the other"
+
+
+def test_other_baselines_of_one_name_are_told_apart(tmp_path: Path, pico_recipe: Recipe) -> None:
+    for rate in (0.1, 0.2):
+        other = changed(pico_recipe, {"decouple.learning_rate": rate})
+        write_ablations(tmp_path / str(rate), other, {"merge method": [arm(TIES, [11.0])]}, baseline=[10.0])
+        write_ablations(tmp_path / f"{rate} again", other, {"merge method": [arm(TIES, [11.0])]}, baseline=[10.0])
+    assert [one.same for one in read_evidence(tmp_path, pico_recipe)] == [False, False]
+
+
+def test_changes_that_cannot_be_run_are_counted(pico_recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        missing(pico_recipe, [])
+    assert "changes of the table cannot be run on pico" in caplog.text
+    assert "cannot be run on pico: " in caplog.text
+
+
 def test_names_seeds_controls_and_runtime_make_no_other_baseline(tmp_path: Path, pico_recipe: Recipe) -> None:
     alike = changed(pico_recipe, {"name": "other", "runtime.jobs": 2, "evaluate.controls": ["soup"]})
     write_ablations(tmp_path / "a", alike, {"merge method": [arm(TIES, [11.0])]}, baseline=[10.0])
@@ -174,14 +207,14 @@ def test_the_ranking_changes_after_an_ablation_was_run(tmp_path: Path, pico_reci
     assert "merge method" in parts and "consistency loss" not in parts  # merging trains nothing
 
     nothing = [arm({"merge.method": m, "merge.search": "none"}, [10.0, 10.21], label=m) for m in ("ties", "average")]
-    much = [arm(NO_CONSISTENCY, [15.0, 15.2], label="removed")]
+    much = [arm(NO_CONSISTENCY, [15.0, 15.3], label="removed")]
     write_ablations(tmp_path / "a", pico_recipe, {"merge method": nothing, "consistency loss": much})
     after = propose(pico_recipe, tmp_path, 4)
     assert after is not None
     first = after.ablations[0]
     assert (first.ablated_part, first.action) == ("consistency loss", "REPLACE")  # its removal is done
     assert "merge method" not in [one.ablated_part for one in after.ablations]
-    assert "removed: FD(x) DDIM-2 +5 ± 0 of 10.1, with 2 seeds" in after.discussion
+    assert "removed: FD(x) DDIM-2 +5.05 ± 0.635 of 10.1, with 2 seeds" in after.discussion
     assert "0 arms were measured on it" in before.discussion and "3 arms were measured on it" in after.discussion
 
 

@@ -223,6 +223,24 @@ def test_no_answer_is_too_dirty_to_read(text: str) -> None:
     assert read_answer(text).ablations == []
 
 
+@pytest.mark.parametrize("piece", ["{", '{"a": ', '[{"a": ', '{"a": "', '{"a": [' + "[" * 900])
+def test_a_long_answer_without_end_is_read_in_seconds(piece: str, caplog: pytest.LogCaptureFixture) -> None:
+    start = time.process_time()
+    found = read_answer(f"{records(TIES)}\n" + piece * (210_000 // len(piece)))
+    assert time.process_time() - start < 2.0  # a second's fraction, where it took up to eight
+    assert [one.replacement for one in found.ablations] == [["TIES"]]
+    assert "is not read" in caplog.text
+
+
+def test_an_answer_of_an_earlier_call_is_never_overwritten(ask: Asking, server: Server, tmp_path: Path) -> None:
+    for name in ("request", "answer"):
+        (tmp_path / f"q.{name}.json").write_text("paid for")
+        refused = ask("--out", "q.md").refusal
+        assert f"q.{name}.json of an earlier call" in refused and not server.requests
+        assert (tmp_path / f"q.{name}.json").read_text() == "paid for"
+        (tmp_path / f"q.{name}.json").unlink()
+
+
 def test_an_answer_sets_nothing_by_itself(ask: Asking, server: Server, tmp_path: Path, pico_recipe: Recipe) -> None:
     sly = {**TIES, "set": {"model.pretrained": "evil/model"}, "sets": {"TIES": {"data.path": "/etc"}}}
     server.replies = [completion(records(sly)), completion("I have no more.")]
@@ -381,8 +399,8 @@ def test_an_address_of_no_host_is_the_users(ask: Asking, monkeypatch: pytest.Mon
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    refused = ask("--base-url", "http://nowhere.example/v1", "--retries", 0).refusal
-    assert refused == "http://nowhere.example/v1: cannot be reached: Name or service not known; look at --base-url"
+    refused = ask("--base-url", "https://nowhere.example/v1", "--retries", 0).refusal
+    assert refused == "https://nowhere.example/v1: cannot be reached: Name or service not known; look at --base-url"
 
 
 def test_a_long_and_strange_answer_is_read(ask: Asking, server: Server, tmp_path: Path, pico_recipe: Recipe) -> None:
@@ -408,6 +426,8 @@ def test_a_local_address_wants_no_key_and_any_other_does(
     monkeypatch.setenv("MY_KEY", "secret-of-mine")
     assert ask("--key-env", "MY_KEY", "--out", "b.md").status == 0
     assert server.headers[-1]["authorization"] == "Bearer secret-of-mine"
+    refused = ask("--key-env", "MY_KEY", "--out", "c.md", "--base-url", "http://example.org/v1").refusal
+    assert "https://" in refused and "secret" not in refused
     monkeypatch.setenv("MY_KEY", "two words")
     assert "two" not in ask("--key-env", "MY_KEY", "--out", "c.md").refusal
 

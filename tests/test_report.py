@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from deme_diffusion.division import names_of
 from deme_diffusion.errors import UserError
-from deme_diffusion.report.card import fenced, model_card, subset_names
+from deme_diffusion.report.card import fenced, model_card
 from deme_diffusion.report.cells import cells, decimals_for, direction
 from deme_diffusion.report.figures import curves, division_picture, sample_grid, thinned, weights_bars
 from deme_diffusion.report.page import render_page, write_page
@@ -526,13 +527,28 @@ def test_a_card_of_nothing_is_still_a_card() -> None:
     assert card.startswith("---\nlibrary_name: diffusers\n") and "## Use" in card and "## Results" not in card
 
 
-def test_fences_and_subset_names() -> None:
+def test_fences() -> None:
     assert fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
-    assert subset_names([[[0, 250]], [[0, 1], [3, 4]], [[0, 1], [2, 3], [4, 6]]]) == [
-        "[0,250)",
-        "[0,1)+[3,4)",
-        "#2 4 timesteps in 3 ranges",
-    ]
+
+
+def test_subsets_have_the_same_names_on_the_card_as_in_tables_and_logs() -> None:
+    subsets = [[[0, 1], [2, 3], [4, 6]], [[0, 1], [2, 3], [4, 6], [8, 9]]]
+    assert names_of(subsets) == ["[0,1)+[2,3)+[4,6)", "#1 5 timesteps in 4 runs"]
+    card = model_card({"weights": {"merged": [0.5, 0.5]}, "division": {"subsets": subsets}})
+    assert "| model | [0,1)+[2,3)+[4,6) | #1 5 timesteps in 4 runs |" in card
+
+
+def test_seeds_that_differ_alike_conclude_nothing() -> None:
+    rows = fd_rows(base=(6.0, 0.1), merged=(5.5, 0.1))
+    for one in rows:
+        mean = one["metrics"][FD]["mean"]
+        one["metrics"][FD]["values"] = [mean - 0.1, mean, mean + 0.1]
+    found = verdict(rows)
+    assert (found.helps, found.comparisons[0].margin, found.comparisons[0].outcome) == (None, None, "alike")
+    assert found.sentence == (
+        f"merged has {FD} 5.50 ± 0.10 against base's 6.00 ± 0.10. "
+        f"All 3 seeds differ alike in {FD}, which gives no interval to conclude from."
+    )
 
 
 def test_drawing_imports_no_torch() -> None:

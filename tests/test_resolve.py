@@ -43,7 +43,7 @@ REMOVED = [
     ("Exponential moving average of the weights", "EMA", {"decouple.use_ema": False}),
     ("Initialisation from the pre-trained checkpoint", "initialisation", {"decouple.init": "random"}),
     ("Grid search over merging coefficients", "merge weights", {"merge.search": "none"}),
-    ("All three training techniques", "finetuning techniques", {"decouple.projection": "none"}),
+    ("All three training techniques", "all three techniques", {"decouple.projection": "none"}),
 ]
 
 
@@ -252,9 +252,10 @@ def test_what_the_recipe_has_not_cannot_be_removed() -> None:
     assert only("Uniform timestep ranges", "REMOVE").change["decouple.num_ranges"] == 1
 
 
-def test_a_replacement_alone_does_not_say_of_what() -> None:
-    assert arms("Module X", "REPLACE", "TIES merging").part is None
-    assert arms("Module X", "REPLACE", "TIES merging", name="Merging method").part == "merge method"
+def test_a_replacement_alone_says_of_what_only_where_it_is_telling_and_the_part_is_vague() -> None:
+    assert arms("Module X", "REPLACE", "TIES merging").part == "merge method"
+    assert arms("Module X", "REPLACE", "uniform").part is None
+    assert arms("Word tokens", "REPLACE", "TIES merging").part is None
 
 
 def test_several_parts_are_removed_together_and_not_replaced() -> None:

@@ -117,6 +117,30 @@ def test_similarity_is_a_function_of_its_settings_and_not_of_the_batch(
     assert np.abs(seed["cosine"] - one["cosine"]).max() > 1e-3
 
 
+def test_a_batch_is_small_and_checkpointing_saves_activations(
+    pico_denoiser: DDPM, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    parts = torch.utils.checkpoint.checkpoint
+    again: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        return points(*arguments)
+
+    def anew(*arguments: Any, **options: Any) -> Any:
+        again.append(1)
+        return parts(*arguments, **options)
+
+    monkeypatch.setattr(similarity, "points", counting)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", anew)
+    plain = written(tmp_path / "0.npz", pico_denoiser, digits["train"], FEW, batch_size=512)
+    assert asked == [16] * 5 and not again
+    lean = written(tmp_path / "1.npz", pico_denoiser, digits["train"], FEW, batch_size=3, checkpointing=True)
+    assert asked[5:] == [3] * 5 and again
+    np.testing.assert_allclose(lean["cosine"], plain["cosine"], atol=1e-5)
+
+
 def test_all_bins_see_the_same_images_and_noise_and_only_t_differs(pico_denoiser: DDPM, digits: Splits) -> None:
     first, last = (next(points(pico_denoiser, digits["train"], BINS[i], FEW, 12)) for i in (0, 4))
     assert torch.equal(first.target, last.target)  # the noise
@@ -204,6 +228,7 @@ def test_run_compares_gradients_first_and_trains_on_what_they_say(values: Values
     assert [e.digest for e in same.experts[0]] == [e.digest for e in again.graph.experts[0]]
 
 
+@pytest.mark.slow
 def test_processes_know_the_division(values: Values, tmp_path: Path) -> None:
     alone = opened(values, tmp_path / "one" / "run")
     alone.execute(lambda graph: graph.experts[0])

@@ -85,6 +85,7 @@ def test_a_run_says_whose_the_weights_are(pico_pipeline: Path, tmp_path: Path) -
     [
         ({"search": "grid"}, "weighting=snr with search=grid: it needs search=none and no weights"),
         ({"weights": [0.5, 0.5]}, "weighting=snr with weights given: it needs search=none and no weights"),
+        ({"method": "none"}, "weighting=snr: method=none merges nothing; use weighting=uniform"),
         ({"method": "average"}, "merge.weighting=snr: method average takes no weights; use weighting=uniform"),
     ],
 )

@@ -45,6 +45,13 @@ def test_p_of_0_stays_in_the_subset_and_p_of_1_is_the_whole(options: dict[str, A
     assert (everywhere == draw("first", count=2000, global_prob=1.0, **options)).all()
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_at_p_of_0_and_1_it_does_not_matter_whose_coin_it_is(p: float, antithetic: bool) -> None:
+    drawn = [draw("inner", count=40, batch=b, global_prob=p, antithetic=antithetic) for b in (None, 8)]
+    assert (drawn[0] == drawn[1]).all()
+
+
 def test_a_batch_has_one_coin() -> None:
     """At p = 1/2 each batch of a disjoint pair of subsets is drawn from one of them, and both kinds occur."""
     own = draw("inner", count=400, batch=8, global_prob=0.5).reshape(-1, 8)

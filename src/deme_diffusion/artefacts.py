@@ -20,6 +20,7 @@ from deme_diffusion.provenance import provenance
 
 logger = logging.getLogger(__name__)
 MANIFEST, WORK = "manifest.json", "work"  # checkpoints live in work, which goes when the artefact is finished
+PLANS = "plans"  # beside the runs, plans that language models were asked for; no run, unless it has the record of one
 
 
 @dataclass(frozen=True)
@@ -255,13 +256,28 @@ def referenced(runs_root: Path) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for run in sorted(runs_root.iterdir()):
         # A link that leads nowhere may be a run on a disk that is not mounted, so it is not passed over.
-        if run.name == "store" or run.name.startswith(".") or run.is_file():
+        plans = run.name == PLANS and run.is_dir() and not (run / "run.json").exists()
+        if run.name == "store" or run.name.startswith(".") or run.is_file() or plans:
             continue
         experiments = [folder for folder in run.glob("ablations/*") if not folder.is_file()]
         arms = [file.parent for file in run.glob("ablations/*/arms/*/run.json")]  # that were run by themselves as well
-        for folder in (run, *experiments, *arms):
-            found |= _named_in(folder / "run.json")
+        for file in {*(folder / "run.json" for folder in (run, *experiments, *arms)), *_records_below(run)}:
+            found |= _named_in(file)
     return found
+
+
+def _records_below(run: Path) -> Iterator[Path]:
+    """Every `run.json` below a run: an arm may have been run by itself, and be the baseline of an experiment."""
+
+    def failed(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}), so what this run needs is unknown")
+
+    for folder, inner, files in os.walk(run, onerror=failed):
+        inner[:] = [name for name in inner if name != "store"]
+        yield from (Path(folder) / name for name in files if name == "run.json")
+        # An experiment names its stages before it makes any; what is not beside a run's record is only called so.
+        if Path(folder).name == "ablations" and (Path(folder).parent / "run.json").is_file():
+            yield from (Path(folder) / name / "run.json" for name in inner)
 
 
 def _named_in(file: Path) -> set[tuple[str, str]]:

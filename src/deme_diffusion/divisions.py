@@ -36,12 +36,12 @@ class Facts:
     similarity: Similarity | None = None
 
 
-def explicit(edges: Sequence[int], num_timesteps: int, *, key: str = "decouple.edges") -> Division:
+def explicit(edges: Sequence[int], num_timesteps: int) -> Division:
     """Contiguous ranges by their inner edges, each served by its expert. Raises UserError for an edge that is none."""
     inner = np.asarray(edges, dtype=np.int64)
     if len(inner) and (inner[0] < 1 or inner[-1] >= num_timesteps or (np.diff(inner) < 1).any()):
         said = ", ".join(map(str, edges))
-        raise UserError(f"{key}: {said}; ascending ones from 1 to {num_timesteps - 1} are needed")
+        raise UserError(f"decouple.edges: {said}; ascending ones from 1 to {num_timesteps - 1} are needed")
     route = np.searchsorted(inner, np.arange(num_timesteps), side="right")
     return Division(member=route[None, :] == np.arange(len(inner) + 1)[:, None], route=route)
 

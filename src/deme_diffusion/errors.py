@@ -8,6 +8,10 @@ class UserError(ValueError):
     """The user's input is wrong; the command line prints it in one line and exits with status 2."""
 
 
+class NotFetched(UserError):
+    """What the hub was asked for did not come: its name may be wrong, or the network down."""
+
+
 class MachineError(RuntimeError):
     """The machine or we failed (disk full, lost file...); exit status 1."""
 

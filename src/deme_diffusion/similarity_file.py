@@ -24,7 +24,8 @@ def read_similarity(path: Path, num_timesteps: int, *, key: str = "decouple.simi
     """The cosines (K, K) in a .npz, .npy or .json file, K at most T; equal bins where it holds no `edges` (K + 1,).
 
     A .npz or a JSON object names them `cosine` or `similarity`. Raises UserError for anything else: no such file, not
-    square, not symmetric, not finite, outside [-1, 1], edges that do not lead from 0 to T.
+    square, complex, not symmetric, not finite, outside [-1, 1], not 1 on its diagonal, edges that do not lead from 0
+    to T.
     """
     where = f"{key}: {path}"
     found = _opened(path, where)
@@ -64,8 +65,12 @@ def _matrix(found: dict[str, Any], where: str) -> npt.NDArray[np.float64]:
     if name is None:
         raise UserError(f"{where}: holds {', '.join(sorted(found)) or 'nothing'}, but no {' or '.join(NAMES)}")
     try:
+        if np.iscomplexobj(found[name]):
+            raise UserError(f"{where}: {name} holds complex numbers; cosines are real")
         cosine = np.asarray(found[name], dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{where}: {name} is no matrix of numbers") from None
     if cosine.ndim != 2 or cosine.shape[0] != cosine.shape[1] or not cosine.size:
         raise UserError(f"{where}: {name} has shape {cosine.shape}; a square matrix is needed")
@@ -75,6 +80,8 @@ def _matrix(found: dict[str, Any], where: str) -> npt.NDArray[np.float64]:
         raise UserError(f"{where}: {name} is not symmetric, by {difference:.3g}")
     if (largest := float(np.abs(cosine).max())) > 1 + EXCESS:
         raise UserError(f"{where}: {name} holds {largest:.3g}; cosines lie between -1 and 1")
+    if (off := float(np.abs(np.diagonal(cosine) - 1).max())) > EXCESS:
+        raise UserError(f"{where}: {name} is off 1 by {off:.3g} on its diagonal; a gradient's cosine with itself is 1")
     return (cosine + cosine.T) / 2
 
 

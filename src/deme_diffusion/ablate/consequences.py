@@ -13,6 +13,8 @@ from deme_diffusion.merging.table import METHODS
 from deme_diffusion.pipeline import merges
 from deme_diffusion.recipes import changed
 
+_DIVIDING = frozenset(f"decouple.{name}" for name in ("division", "overlap", "division_seed", "edges"))
+
 
 def completed(recipe: Recipe, change: Change) -> dict[str, Any]:
     """The change with what goes with it: `edges` go with their division, weights with their number of experts.
@@ -94,6 +96,22 @@ def _search(recipe: Recipe, change: Change) -> Change:
     if {**added, **change}.get("merge.search", recipe.merge.search) != "gradient":
         added["merge.granularity"] = "model"
     return added
+
+
+def idle(recipe: Recipe, change: Change) -> str:
+    """Why a change to a (changed) recipe leaves all models as they are, if it does."""
+    if recipe.decouple.num_ranges == 1 and change.get("decouple.num_ranges") != 1 and _DIVIDING & change.keys():
+        return "one range has no division; set decouple.num_ranges"
+    return ""
+
+
+def taken_along(recipe: Recipe, change: Change, whole: Change) -> str:
+    """What a reader must know of the settings that `completed` added: the search is another one as well."""
+    if "merge.search" in change or "merge.search" not in whole or "merge.method" not in change:
+        return ""
+    if METHODS[change["merge.method"]].weighted:
+        return f"its search too: {recipe.merge.search} needs task arithmetic; weights are the method's own"
+    return f"its search too: {change['merge.method']} has no weights for {recipe.merge.search} to find"
 
 
 def check(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -94,24 +94,40 @@ def action_of(text: str) -> Action:
 
 def shown(value: Any) -> str:
     """A short repr for messages."""
-    text = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+    text = repr(value) if isinstance(value, str | int | float) else f"a {_kind(value)}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def ablation_of(fields: Mapping[str, Any], line: int) -> Ablation:
-    """The Ablation of an entry's fields (values as JSON knows them). Raises UnreadableError with the reason."""
+def _kind(value: Any) -> str:
+    return "mapping" if isinstance(value, Mapping) else type(value).__name__
+
+
+def ablation_of(fields: Mapping[str, Any], line: int, report: Callable[[Problem], None]) -> Ablation:
+    """The Ablation of an entry's fields (values as JSON knows them). Raises UnreadableError with the reason.
+
+    A replacement whose exact change cannot be read is reported and left out, where others are left.
+    """
     name, part = text_in(fields, "name"), text_in(fields, "ablated_part")
     if not name and not part:
         raise UnreadableError("an entry with neither a name nor an ablated part")
     said = text_in(fields, "action")
     if not said:
         raise UnreadableError(f"{shown(name or part)} has no action ({', '.join(ACTIONS)})")
-    texts, changes = replacements_of(fields.get("replacement"))
+    problems: list[Problem] = []
+    texts, changes = replacements_of(fields.get("replacement"), line, problems.append)
     after = WITH.match(said)
     if not texts and after and action_of(said) == "REPLACE":
         texts = split_items(said[after.end() :])
     for text, change in mapping_in(fields, "sets").items():
-        changes[one_line(text)] = flat(change)
+        try:
+            changes[one_line(text)] = flat(change)
+        except UnreadableError as error:
+            problems.append(Problem(line, f"{shown(one_line(text))}: {error}"))
+            texts = [other for other in texts if other != one_line(text)]
+    if problems and not texts:
+        raise UnreadableError(problems[0].what)
+    for problem in problems:
+        report(problem)
     return Ablation(
         name=name or part,
         ablated_part=part or name,
@@ -133,7 +149,7 @@ def text_in(fields: Mapping[str, Any], key: str) -> str:
         return one_line(", ".join(value))
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else one_line(str(value))
-    raise UnreadableError(f"{key} is a {type(value).__name__}, not a text")
+    raise UnreadableError(f"{key} is a {_kind(value)}, not a text")
 
 
 def mapping_in(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -146,8 +162,10 @@ def mapping_in(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def replacements_of(value: Any) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
-    """The replacements, and the exact changes of those that are mappings with `set`."""
+def replacements_of(
+    value: Any, line: int, report: Callable[[Problem], None]
+) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
+    """The replacements, and the exact changes of those that are mappings with `set`, each by a name of its own."""
     changes: dict[str, Mapping[str, Any]] = {}
     entries = value if isinstance(value, list) else [value]
     texts: list[str] = []
@@ -155,13 +173,23 @@ def replacements_of(value: Any) -> tuple[list[str], dict[str, Mapping[str, Any]]
         if not (isinstance(entry, Mapping) and "set" in entry):
             texts += texts_of([entry] if isinstance(value, list) else entry)
             continue
-        change = flat(mapping_in(entry, "set"))
-        text = text_in(entry, "name") or ", ".join(f"{path}={setting}" for path, setting in change.items())
-        if text in changes:
-            raise UnreadableError(f"two replacements are called {shown(text)}")
+        try:
+            change = flat(mapping_in(entry, "set"))
+            text = text_in(entry, "name") or ", ".join(f"{path}={setting}" for path, setting in change.items())
+        except UnreadableError as error:
+            name = f"{shown(entry['name'])}: " if entry.get("name") else ""
+            report(Problem(getattr(entry, "line", line), f"{name}{error}; this replacement is left out"))
+            continue
+        text = _unlike(text, texts)
         texts.append(text)
         changes[text] = change
     return texts, changes
+
+
+def _unlike(text: str, taken: Sequence[str]) -> str:
+    """The text, numbered where another replacement is called so."""
+    names = (text if number == 1 else f"{text} ({number})" for number in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
 
 
 def texts_of(value: Any, *, metrics: bool = False, depth: int = 0) -> list[str]:
@@ -221,6 +249,8 @@ def flat(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[st
 
 def _plain(value: Any) -> Any:
     """A setting's value, its texts without control characters."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return CONTROL.sub(" ", value) if isinstance(value, str) else value

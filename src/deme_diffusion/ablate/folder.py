@@ -1,14 +1,25 @@
-"""What an experiment leaves: its folder in the run folder of its baseline, with every arm's recipe. No torch."""
+"""What an experiment leaves: its folder in the run folder of its baseline, with every arm's recipe. No torch.
+
+`arms/<arm>/recipe.yaml` is the recipe as the arm was run: no controls, losses on the baseline's number of ranges. So
+`deme run` of that folder trains nothing; of what a whole run measures it adds the rows that the experiment leaves out,
+the real images, and of a merged model its ensemble and its merge by uniform weights.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deme_diffusion.ablate.entries import normalised
+from deme_diffusion.ablate.plan import Plan
+from deme_diffusion.ablate.reading import read_plan
 from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
 from deme_diffusion.files import link, write_bytes, write_json, write_text
 from deme_diffusion.pipeline.run import ABLATIONS, RECORD, RUN, STORE, Run
 from deme_diffusion.recipes import RESOLVED, to_yaml
@@ -32,9 +43,29 @@ def slug(text: str) -> str:
 
 def unused(text: str, taken: set[str]) -> str:
     """A file name that none has yet."""
+    taken |= {STORE}  # in both folders that have such names: the link to the store, and what no search enters
     name = next(name for i in range(len(taken) + 1) if (name := f"{slug(text)}{f'-{i + 1}' if i else ''}") not in taken)
     taken.add(name)
     return name
+
+
+def name_for(plan: Plan, name: str, run: Path) -> str:
+    """The name of a plan's experiment in a run folder: where another plan's is there by it, a digest is added."""
+    stored = [file for file in (run / ABLATIONS / name).glob(f"{PLAN}.*") if not file.name.endswith(".path")]
+    return name if all(_is_of(file, plan) for file in stored) else f"{name}-{_digest(plan)[:8]}"
+
+
+def _is_of(file: Path, plan: Plan) -> bool:
+    try:
+        return _digest(read_plan(file)) == _digest(plan)
+    except (UserError, OSError):
+        return False
+
+
+def _digest(plan: Plan) -> str:
+    """Of what a plan ablates, not of how it is written."""
+    said = [{**asdict(one), "line": 0} for one in normalised(plan).ablations]
+    return sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
 def begin(experiment: Experiment) -> None:
@@ -49,7 +80,8 @@ def begin(experiment: Experiment) -> None:
     write_text(folder / RESOLVED, to_yaml(experiment.baseline.recipe))
     note(experiment)
     for trial in experiment.ready:
-        write_text(folder_of(experiment, trial) / RESOLVED, to_yaml(_recipe(experiment, trial)))
+        assert trial.case is not None
+        write_text(folder_of(experiment, trial) / RESOLVED, to_yaml(trial.case.recipe))
     # So that a run in an arm's folder finds all that is done.
     link(experiment.run.store.root, folder / ARMS / STORE)
 
@@ -77,11 +109,6 @@ def link_arms(experiment: Experiment) -> None:
 def folder_of(experiment: Experiment, trial: Trial) -> Path:
     """An arm's folder."""
     return experiment.folder / ARMS / trial.slug
-
-
-def _recipe(experiment: Experiment, trial: Trial) -> Recipe:
-    assert trial.case is not None
-    return named(trial.case.recipe.model_copy(update={"name": experiment.baseline.recipe.name}), trial.slug)
 
 
 def named(recipe: Recipe, name: str) -> Recipe:

@@ -5,7 +5,7 @@ from deme_diffusion.ablate.rows import Foreign
 FOREIGN = (
     Foreign(
         "architecture",
-        ("unet", "unet layers", "unet block", "unet residual block"),
+        ("unet", "unet layers", "layers of the unet"),
         "the network is the pretrained model's; finetuning and merging keep its architecture",
         ("channel-wise projection", "initialisation"),
     ),
@@ -33,10 +33,22 @@ FOREIGN = (
         "the models here are unconditional, so nothing is guided",
         ("sampler", "sampling steps"),
     ),
+    Foreign(
+        "seeds",
+        ("seed", "seed results", "number of seeds"),
+        "seeds are of the whole experiment, alike for all arms; set seeds in the recipe",
+        (),
+    ),
+    Foreign(
+        "measured images",
+        ("number of evaluation images",),
+        "all arms are measured on as many images, or FD could not be compared; set evaluate.num_images in the recipe",
+        (),
+    ),
     Foreign("latent space", ("latent",), "the models here work on pixels, without an autoencoder", ()),
     Foreign(
         "noise schedule",
-        ("noise schedule",),
+        ("noise schedule", "number of timesteps", "linear noise schedule", "cosine noise schedule"),
         "the noise schedule is the pretrained model's and stays",
         ("division", "loss weighting"),
     ),
@@ -63,6 +75,12 @@ FOREIGN = (
         ("curriculum", "curriculum training"),
         "experts are finetuned side by side, in no order",
         ("initialisation", "training length"),
+    ),
+    Foreign(
+        "start of the projection",
+        ("projection initialisation", "identity initialisation of projection", "identity start of projection"),
+        "the projection starts at identity, so that the pretrained model's output is kept",
+        ("channel-wise projection",),
     ),
     Foreign("compression", ("quantization", "sparsity"), "models are stored as they are", ("merge method",)),
     Foreign(

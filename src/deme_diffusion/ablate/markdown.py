@@ -9,7 +9,8 @@ from typing import Any
 from deme_diffusion.ablate.cleaning import unescaped
 from deme_diffusion.ablate.entries import UnreadableError, ablation_of, field_of, shown
 from deme_diffusion.ablate.html_text import Line, lines_of
-from deme_diffusion.ablate.listing import is_none, split_items
+from deme_diffusion.ablate.listing import split_items
+from deme_diffusion.ablate.markdown_fields import Field, items_of, text_of
 from deme_diffusion.ablate.markdown_lines import (
     BOLD_KEY,
     BULLET,
@@ -31,16 +32,6 @@ from deme_diffusion.ablate.plan import Ablation, Plan, Problem
 from deme_diffusion.ablate.values import NotParsedError, parsed
 
 LISTS = ("replacement", "metrics")
-
-
-@dataclass
-class Field:
-    """A field as it stands: what its line says, and the lines below it as (indent, text, bulleted)."""
-
-    line: int
-    indent: int
-    inline: str
-    below: list[tuple[int, str, bool]] = field(default_factory=list)
 
 
 @dataclass
@@ -252,7 +243,7 @@ def _read(entries: Sequence[Entry], *, strict: bool) -> tuple[list[Ablation], li
         if not strict and not {"action", "ablated_part"} & entry.fields.keys():
             continue
         try:
-            ablations.append(ablation_of(_values(entry), entry.line))
+            ablations.append(ablation_of(_values(entry), entry.line, problems.append))
         except (UnreadableError, NotParsedError) as error:
             at = entry.fields["action"].line if "action" in entry.fields else entry.line
             problems.append(Problem(at, str(error)))
@@ -264,62 +255,9 @@ def _values(entry: Entry) -> dict[str, Any]:
     values: dict[str, Any] = {"name": entry.name} if entry.name else {}
     for name, each in entry.fields.items():
         if name in LISTS:
-            values[name] = _list(each, metrics=name == "metrics")
+            values[name] = items_of(each, metrics=name == "metrics")
         elif name in ("set", "sets"):
             values[name] = parsed(unescaped(each.inline.strip("` ")))
         else:
-            values[name] = _text(each) or values.get(name, "")
+            values[name] = text_of(each) or values.get(name, "")
     return values
-
-
-def _text(each: Field) -> str:
-    """A field that is one text, with the lines it runs over."""
-    bulleted = [text for _, text, bullet in each.below if bullet]
-    wrapped = [text for _, text, bullet in each.below if not bullet]
-    return plain(" ".join([each.inline, *(wrapped if each.inline or wrapped else bulleted[:1])]))
-
-
-def _list(each: Field, *, metrics: bool) -> list[Any]:
-    """A field that is a list: on its line, or one entry a line below."""
-    bullets = any(bullet for _, _, bullet in each.below)
-    inline = each.inline
-    if inline and not bullets:
-        inline = " ".join([inline, *(text for _, text, _ in each.below)])
-    items = [] if inline.endswith(":") and bullets else _inline(inline, metrics=metrics)
-    return items + (_items(each.below) if bullets or not each.inline else [])
-
-
-def _inline(text: str, *, metrics: bool) -> list[Any]:
-    if is_none(text):
-        return []
-    bare = text.strip("` ")
-    if bare[:1] in ("[", "{") and bare[-1:] in ("]", "}"):
-        try:
-            value = parsed(unescaped(bare))
-            return value if isinstance(value, list) else [value]
-        except NotParsedError:
-            pass
-    pieces = split_items(bare[1:-1] if bare[:1] == "[" and bare[-1:] == "]" else text, metrics=metrics)
-    return [plain(piece) for piece in pieces]
-
-
-def _items(below: Sequence[tuple[int, str, bool]]) -> list[str]:
-    """The entries of a list; what stands deeper than the first belongs to the entry above."""
-    items: list[str] = []
-    heads: list[str] = []
-    bullets = any(bullet for _, _, bullet in below)
-    first = next((indent for indent, _, bullet in below if bullet), 0)
-    for indent, raw, bullet in below:
-        text = plain(raw)
-        if not text or (len(below) == 1 and is_none(raw)):
-            continue
-        if not items or (bullet and indent <= first) or indent == 99 or not bullets:
-            items.append(text)
-            heads.append(text)
-        elif not bullet:
-            items[-1] += f" {text}"
-        elif heads[-1].endswith(":"):
-            items[-1:] = [*([] if items[-1] == heads[-1] else [items[-1]]), f"{heads[-1]} {text}"]
-        else:
-            items[-1] += f"{'; ' if items[-1] != heads[-1] else ': '}{text}"
-    return items

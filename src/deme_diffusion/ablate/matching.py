@@ -1,6 +1,7 @@
 """Free text against the names of a table's rows: concepts found, a score in [0, 1], the best row and the next ones.
 
-A text is cut into clauses; those after the first count `LATER`. Its words become concepts (`vocabulary`), each with a
+A text is cut into clauses; those after the first that says more than what is common to all parts (`GENERIC`) count
+`LATER`. Its words become concepts (`vocabulary`), each with a
 weight: `known`, `unknown` for a word of no vocabulary, 0 for words that say nothing (the, method, ablation).
 A name fits a text that holds all of its concepts. Its score is
 
@@ -8,7 +9,8 @@ A name fits a text that holds all of its concepts. Its score is
 
 with `position` the mean weight of the places in which its concepts stand, E the weight, 1 each, of those that the name
 explains (times `short` for a name of one concept) and U that of the rest, where words of the row's own field count
-`OWN`, and all later clauses together at most `MOST`, since reasons may be long. A row scores as its best name does.
+`OWN`, unknown words the less the more concepts the name has (`FAMILIAR`), and all later clauses together at most
+`MOST`, since reasons may be long. A row scores as its best name does.
 Which part a text speaks of is judged by `STRICT`, where what stands behind a preposition counts `BEHIND`; which
 replacement of a known part, by `LOOSE`.
 """
@@ -16,16 +18,20 @@ replacement of a known part, by `LOOSE`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from deme_diffusion.ablate.text import normalised, stem, words
 from deme_diffusion.ablate.vocabulary import longest, phrases
+from deme_diffusion.ablate.vocabulary_foreign import FOREIGN
 
-LATER, BEHIND, OWN, MOST = 0.4, 0.8, 0.2, 0.6
+LATER, BEHIND, OWN, MOST, FAMILIAR = 0.4, 0.8, 0.2, 0.6, 0.5
+GENERIC = frozenset(["loss", "training", "finetuning", "expert", "weight", "nsymbol", "samplingt", "number", "search"])
+"""Concepts of many parts: a clause of these alone leaves it to the next one to say which is meant."""
 MARGIN = 0.08
 """A best score within it of the next is ambiguous."""
+_BRACKETS = re.compile(r"\(([^()]*)\)")
 _PURPOSES = (
     "handle resolve reduce improve keep see test assess evaluate ensure prevent preserve avoid maintain obtain make "
     "learn determine understand measure allow help capture encourage stay be quantify isolate verify check examine "
@@ -33,11 +39,12 @@ _PURPOSES = (
 )
 _CLAUSES = re.compile(
     r"\s-{1,3}\s|[:;()\[\]?!]|\.\s|, (?=which|where|so |in order|since|because)"
-    r"|\b(?:that|which|where|because|since|in order to|so that|so as to|thereby|suchas|thatis|whereby|aimed|designed"
-    rf"|instead of|rather than|as opposed to|compared|versus|unlike|to (?:{'|'.join(_PURPOSES.split())}))\b"
+    r"|\b(?:once the|until the)\b"
+    r"|\b(?:that|(?<!in )which|where|because|since|in order to|so that|so as to|thereby|suchas|thatis|whereby|aimed"
+    rf"|designed|instead of|rather than|as opposed to|compared|versus|unlike|to (?:{'|'.join(_PURPOSES.split())}))\b"
 )
 _BEFORE = "between|of|for|from|in|across|using|with|by|via|on|during|within|over|into|to|after|before|at|under"
-_PREPOSITIONS = frozenset(map(stem, _BEFORE.split("|")))
+PREPOSITIONS = frozenset(map(stem, _BEFORE.split("|")))
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,18 @@ class Tag:
 
 
 @lru_cache(maxsize=4096)
-def tagged(text: str, *, head: bool = False) -> tuple[Tag, ...]:
-    """The concepts of a text in order, neutral words left out; `head`: what stands behind a preposition counts less."""
+def tagged(text: str, *, head: bool = False, common: frozenset[str] = frozenset()) -> tuple[Tag, ...]:
+    """The concepts of a text in order, neutral words left out; `head`: what stands behind a preposition counts less.
+
+    `common` are concepts that do not make the clauses after them later ones, as GENERIC. What stands in round brackets
+    comes after the rest.
+    """
     found: list[Tag] = []
-    for clause in _CLAUSES.split(normalised(text)):
-        later = bool(found)
+    text, clauses = normalised(text), list[str]()
+    for clause in (*_CLAUSES.split(_BRACKETS.sub(" , ", text)), *_BRACKETS.findall(text)):
+        clauses += _CLAUSES.split(clause)
+    for clause in clauses:
+        later = any(tag.concept not in GENERIC and tag.concept not in common for tag in found)
         place = LATER if later else 1.0
         for piece in re.split(r"[,;/|&+]", clause):
             found += [Tag(name, place * (BEHIND if head and behind else 1.0), later) for name, behind in _read(piece)]
@@ -93,7 +107,7 @@ def _read(clause: str) -> tuple[tuple[str, bool], ...]:
                 break
         else:
             length, concept = 1, f"?{stems[position]}"
-        behind = behind or (bool(found) and length == 1 and stems[position] in _PREPOSITIONS)
+        behind = behind or (bool(found) and length == 1 and stems[position] in PREPOSITIONS)
         found += [(concept, behind)] if concept else []
         position += length
     return tuple(found)
@@ -107,11 +121,33 @@ def meaning(name: str) -> frozenset[str]:
 
 def score(text: str, names: Iterable[str], own: frozenset[str] = frozenset(), judgement: Judgement = LOOSE) -> float:
     """How well the best of some names fits the text, in [0, 1]; `own`: concepts of the field, that say little."""
-    tags = tagged(text, head=judgement is STRICT)
+    return max((value for value, _ in fits(text, map(meaning, names), own, judgement)), default=0.0)
+
+
+def fits(
+    text: str, meanings: Iterable[frozenset[str]], own: frozenset[str], judgement: Judgement
+) -> Iterator[tuple[float, frozenset[str]]]:
+    """Names, as their concepts, that the text holds, with their scores."""
+    tags, places = _placed(text, judgement is STRICT, frozenset() if judgement is STRICT else own)
+    for wanted in meanings:
+        if wanted and wanted <= places.keys():
+            yield _fit(wanted, tags, places, own, judgement), wanted
+
+
+@lru_cache(maxsize=4096)
+def _placed(text: str, head: bool, common: frozenset[str]) -> tuple[tuple[Tag, ...], Mapping[str, float]]:
+    """A text's tags, each once, and the best place of each concept."""
+    tags = tagged(text, head=head, common=common)
     places: dict[str, float] = {}
     for tag in tags:
         places[tag.concept] = max(tag.place, places.get(tag.concept, 0.0))
-    return max((_fit(meaning(name), tags, places, own, judgement) for name in names), default=0.0)
+    return tuple(dict.fromkeys(tags)), places
+
+
+def strangeness(text: str) -> float:
+    """The share of a text's first clause that is of no vocabulary, or of other methods', in [0, 1]."""
+    first = [tag for tag in tagged(text) if not tag.later]
+    return sum(tag.concept.startswith("?") or tag.concept in FOREIGN for tag in first) / len(first) if first else 0.0
 
 
 def _fit(
@@ -121,20 +157,19 @@ def _fit(
     own: frozenset[str],
     judgement: Judgement,
 ) -> float:
-    if not wanted or not wanted <= places.keys():
-        return 0.0
     known = sum(places[concept] for concept in wanted)
     explained = known * (judgement.short if len(wanted) == 1 else 1.0)
-    left = dict.fromkeys(tag for tag in tags if tag.concept not in wanted)
-    rest = sum(_weight(tag, own, judgement) for tag in left if not tag.later)
-    rest += min(MOST, sum(_weight(tag, own, judgement) for tag in left if tag.later))
+    unknown = judgement.unknown / (1 + FAMILIAR * (len(wanted) - 1))
+    left = [tag for tag in tags if tag.concept not in wanted]
+    rest = sum(_weight(tag, own, judgement.known, unknown) for tag in left if not tag.later)
+    rest += min(MOST, sum(_weight(tag, own, judgement.known, unknown) for tag in left if tag.later))
     return known / len(wanted) * (judgement.floor + (1 - judgement.floor) * explained / (explained + rest))
 
 
-def _weight(tag: Tag, own: frozenset[str], judgement: Judgement) -> float:
+def _weight(tag: Tag, own: frozenset[str], known: float, unknown: float) -> float:
     if tag.concept in own:
         return tag.place * OWN
-    return tag.place * (judgement.unknown if tag.concept.startswith("?") else judgement.known)
+    return tag.place * (unknown if tag.concept.startswith("?") else known)
 
 
 def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:

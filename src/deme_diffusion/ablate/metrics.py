@@ -9,22 +9,29 @@ from deme_diffusion.ablate.arms import Metric
 from deme_diffusion.ablate.text import normalised
 
 DEFAULT = Metric("", ("FD",), "no metric is named, so FD")
+_FD = (
+    r"(?<![\w-])(?<!spatial )(?<!clip )(?<!conditional )(?:clean[ -]?)?fi?ds?(?:[ _-]?\d+k?)?"
+    r"(?!\w|@|-(?!score)[a-z]| ?\(?(?:clip|dino))|\bfrechet (?:inception )?distance"
+)
+"""Of the recipe's features; sFID, FID-CLIP and FVD are of others."""
+_AT = r"(?! ?@| at\b)"
+"""Recall@k is of retrieval."""
 _COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"load(?:ing)?[ -]time|model load|time to load|start[ -]?up|cold start", ("load time (ms)",)),
-    (r"\bfid\b|fid\d|\bfd\b|frechet|\bsfid\b|fid-|\bfids\b", ("FD",)),
+    (_FD, ("FD",)),
     (r"\bkid\b|kernel inception", ("KID",)),
     (r"inception score|\binception-score", ("IS",)),
-    (r"precision", ("precision",)),
-    (r"recall", ("recall",)),
-    (r"\bdensity", ("density",)),
+    (rf"(?<!average )(?<!mixed )\bprecision\b{_AT}", ("precision",)),
+    (rf"(?<!retrieval )\brecall\b{_AT}", ("recall",)),
+    (r"(?<!log )(?<!probability )\bdensity", ("density",)),
     (r"\bcoverage", ("coverage",)),
-    (r"\bloss(?:es)?\b|\bmse\b", ("loss",)),
+    (r"(?<!perceptual )(?<!adversarial )(?<!lpips )\bloss(?:es)?\b|\bmse\b", ("loss",)),
     (r"disk|storage|checkpoint size|file size|model size|\bsize on", ("disk (MB)",)),
-    (r"parameter|model size|\bparams?\b|number of weights", ("parameters",)),
+    (r"\bparameter|model size|\bparams?\b|number of weights", ("parameters",)),
     (r"memory|vram|\bram\b|footprint", ("peak memory (MB)",)),
     (
-        r"latency|inference|throughput|sampling (?:time|speed)|speed|runtime|generation time|wall|images? per sec|"
-        r"flops|"
+        r"latency|inference|throughput|sampling (?:time|speed)|speed|runtime|generation time|wall[ -]?(?:clock|time)|"
+        r"images? per sec|"
         r"images?/s|(?:time|cost) per image",
         ("latency (ms)",),
     ),
@@ -39,6 +46,8 @@ _TRAINING = re.compile(
     r"|convergence|gpu hours"
 )
 _ABSENT: tuple[tuple[str, str], ...] = (
+    (r"fid|\bfd\b|fvd|frechet", "FD here is of the recipe's own features, and this is of others"),
+    (r"flops|\bmacs\b", "operations are not counted; latency is nearest"),
     (r"clip|text[ -]?image align|prompt|vqa|tifa|geneval", "the models here take no text"),
     (
         r"human|user study|preference|pickscore|imagereward|\bhps|aesthetic|visual|qualitative|mos\b",

@@ -13,6 +13,8 @@ from deme_diffusion.provenance import provenance
 from deme_diffusion.report.cells import Figure, Row
 
 Content = dict[str, Any]
+EMPTY: Content = {"model": "", "metrics": {}, "division": {}, "steps": 0, "seconds": 0.0}
+"""What an arm without figures has in their place."""
 
 
 def planned(experiment: Experiment) -> Content:
@@ -33,8 +35,8 @@ def _named(part: Part) -> Content:
 
 
 def _planned(trial: Trial) -> Content:
-    names = ("replacement", "change", "status", "reason", "nearest")
-    return {name: _plain(getattr(trial.arm, name)) for name in names}
+    names = ("replacement", "change", "status", "reason", "nearest", "score")
+    return {name: _plain(getattr(trial if name == "reason" else trial.arm, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:
@@ -46,6 +48,7 @@ def _plain(value: Any) -> Any:
 def content(experiment: Experiment) -> Content:
     """What `ablation.json` holds."""
     baseline, recipe = experiment.baseline, experiment.baseline.recipe
+    done = status(experiment, baseline) == "done"
     return {
         "recipe": recipe.name,
         "plan": experiment.name,
@@ -53,14 +56,21 @@ def content(experiment: Experiment) -> Content:
         "command": experiment.run.command,
         "seeds": list(recipe.seeds),
         "outcome": baseline.graph.outcome,
-        "baseline": {"change": {}, **_measured(experiment, baseline)},
-        "base": {"metrics": _figures(_rows(experiment, baseline), "base")},
+        "baseline": _baseline(experiment),
+        "base": {"metrics": _figures(_rows(experiment, baseline), "base") if done else {}},
         "ablations": [_ablation(experiment, part) for part in experiment.parts],
         "problems": [asdict(problem) for problem in experiment.plan.problems],
-        "steps": experiment.steps(),
+        "steps": experiment.trained(),
         "seconds": experiment.seconds(),
-        "provenance": {key: str(value) for key, value in provenance().items()},
+        "provenance": dict(provenance()),
     }
+
+
+def _baseline(experiment: Experiment) -> Content:
+    """The baseline; before all that it measures is there, without figures."""
+    case = experiment.baseline
+    said: Content = {"change": {}, "status": status(experiment, case), "error": case.error or None}
+    return said | (_measured(experiment, case) if said["status"] == "done" else _unmeasured(experiment, case))
 
 
 def _ablation(experiment: Experiment, part: Part) -> Content:
@@ -72,14 +82,15 @@ def _arm(experiment: Experiment, trial: Trial) -> Content:
     """An arm as it was planned and what became of it."""
     arm, case = trial.arm, trial.case
     said = {**_planned(trial), "label": arm.label, "score": arm.score, "error": None, "folder": None}
-    empty: Content = {"model": "", "metrics": {}, "division": {}, "steps": 0, "seconds": 0.0}
     if case is None:
-        return {**said, **empty}
+        return {**said, **EMPTY} | ({"status": "failed", "error": trial.error} if trial.error else {})
     folder = str(folder_of(experiment, trial).relative_to(experiment.folder))
     said |= {"folder": folder, "status": status(experiment, case), "error": case.error or None}
-    if said["status"] != "done":
-        return {**said, **empty, "steps": case.steps, "seconds": experiment.spent(case.needed)}
-    return {**said, **_measured(experiment, case)}
+    return said | (_measured(experiment, case) if said["status"] == "done" else _unmeasured(experiment, case))
+
+
+def _unmeasured(experiment: Experiment, case: Case) -> Content:
+    return {**EMPTY, "steps": experiment.steps_done(case.needed), "seconds": experiment.spent(case.needed)}
 
 
 def status(experiment: Experiment, case: Case) -> str:
@@ -106,8 +117,13 @@ def _rows(experiment: Experiment, case: Case) -> list[Row]:
     graph = case.graph
     rows = table.rows(graph, experiment.run.store, graph.extractor_name, case.rows)
     ours, theirs = ([s.label for s in c.recipe.evaluate.samplers] for c in (case, experiment.baseline))
-    labels = dict(zip(ours, theirs, strict=False))
+    labels = _labels(ours, theirs)
     return [{**row, "metrics": {_renamed(k, labels): v for k, v in row["metrics"].items()}} for row in rows]
+
+
+def _labels(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
+    """The baseline's name for each sampler that it has not: by position among those that are in one of them only."""
+    return dict(zip((s for s in ours if s not in theirs), (s for s in theirs if s not in ours), strict=False))
 
 
 def _renamed(metric: str, labels: Mapping[str, str]) -> str:

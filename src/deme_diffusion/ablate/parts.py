@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from deme_diffusion.ablate import table_division, table_merging, table_optimising, table_sampling, table_training
 from deme_diffusion.ablate.rows import Part
+from deme_diffusion.ablate.table_settings import SETTINGS
 
 PARTS: Mapping[str, Part] = {
     part.name: part
@@ -13,10 +14,13 @@ PARTS: Mapping[str, Part] = {
     for part in module.PARTS
 }
 
+ROWS: Mapping[str, Part] = {**PARTS, **{part.name: part for part in SETTINGS}}
+"""The parts, and after them the plain settings: recognised where a plan names them, and proposed by nobody."""
+
 
 def family(part: Part) -> list[Part]:
     """The part, then those whose replacements it takes as well."""
-    return [part, *(PARTS[name] for name in part.also)]
+    return [part, *(ROWS[name] for name in part.also)]
 
 
 def listing() -> Iterator[dict[str, str]]:

@@ -15,6 +15,8 @@ from deme_diffusion.ablate.yaml_form import read_yaml
 YAML_KEYS = re.compile(r"^(?:ablations|ablation_plan)[ \t]*:[ \t]*(?:\[.*)?$", re.MULTILINE)
 YAML_BEGIN = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n|---[ \t]*\n)*(?:discussion|ablations|ablation_plan)[ \t]*:")
 YAML_LIST = re.compile(r"^- (?:name|ablated_part): ", re.MULTILINE)
+EMPTY = "no ablation in it (expected headings with Ablated Part and Action, JSON objects, or YAML with 'ablations')"
+"""What is said of a document in which no entry was even begun."""
 FENCE = re.compile(r"\s*(?:`{3,}|~{3,})[A-Za-z]{0,20}[ \t]*\n")
 OBJECT = re.compile(
     r"^[ \t]{0,40}(?:(?:[-*+]|\d{1,4}[.)])[ \t]{1,8})?[ \t\[]{0,8}\{[ \t]{0,8}[\"'“}\n]|^\[[ \t]{0,8}\n[ \t]{0,40}\{",
@@ -46,8 +48,7 @@ def _read(text: str, where: str, *, yaml: bool) -> Plan:
             return plan
         plans.append(plan)
     best = max(plans, key=lambda plan: len(plan.problems))
-    line = text.count("\n") + 1
-    return Plan(best.discussion, [], [*best.problems, Problem(line, "no ablation found up to here, the end")])
+    return Plan(best.discussion, [], [*best.problems, Problem(1, EMPTY)])
 
 
 _FORMS: Mapping[str, Callable[[str, str], Plan]] = {

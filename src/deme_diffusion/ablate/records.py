@@ -165,8 +165,11 @@ def take_entry(
     nested = fields.get("name")
     if isinstance(nested, Mapping) and len(value) == 1 and any(field_of(str(key)) for key in nested):
         fields = known_fields(nested, line, report, all_keys=all_keys)
+    if isinstance(nested, list) and any(isinstance(each, Mapping) for each in nested):
+        report(Problem(line, f"{next(iter(value))!r} is no field; did you mean 'ablations'?"))
+        return
     try:
-        take(ablation_of(fields, line))
+        take(ablation_of(fields, line, report))
     except UnreadableError as error:
         report(Problem(line, str(error)))
 

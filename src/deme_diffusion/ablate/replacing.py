@@ -6,42 +6,34 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from deme_diffusion.ablate import vocabulary
 from deme_diffusion.ablate.foreign import FOREIGN
 from deme_diffusion.ablate.matching import LOOSE, MARGIN, concepts, meaning, ranked, score, tagged
 from deme_diffusion.ablate.parts import family
-from deme_diffusion.ablate.rows import Change, Part, Replacement
+from deme_diffusion.ablate.rows import Change, Choice, Meant, Part, Replacement
+from deme_diffusion.ablate.saying_experts import in_order
 from deme_diffusion.ablate.text import Number, normalised, numbers
+from deme_diffusion.ablate.vocabulary_foreign import FOREIGN as FOREIGN_WORDS
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.recipes import changed
 
-STRANGE = frozenset(vocabulary.FOREIGN) | {"othermtl", "othermerge", "randomsearch", "distill"}
-CHANGES = frozenset(
-    [
-        "minsnr",
-        "ptwo",
-        "snrplusone",
-        "truncatedsnr",
-        "scratch",
-        "uncertainty",
-        "nash",
-        "ties",
-        "dare",
-        "fisher",
-        "slerp",
-    ]
-)
+STRANGE = frozenset(FOREIGN_WORDS) | {"othermtl", "othermerge", "randomsearch", "distill", "lossweighting"}
+CHANGES = frozenset(["minsnr", "ptwo", "snrplusone", "truncatedsnr", "scratch", "uncertainty", "nash"])
+CHANGES |= {"ties", "dare", "fisher", "slerp"}
 """Changes of their own: a replacement of another part that names one besides means both, which no arm here is."""
 FOREIGN_PENALTY = 0.3
 """A text with a word for what is no part of the method is taken only where all else fits."""
+PATTERN = 0.99
+"""The score of a text that holds a replacement's pattern."""
 SURE = 0.9
 """A text that fits one replacement so well names no other."""
 NAMED = 0.75
 """A part's text that fits a replacement so well speaks of that value."""
-_SYMBOLS = frozenset(
-    ["n", "p", "t", "k", "m", "w", "b", "s", "lambda", "gamma", "eta", "alpha", "beta", "lr", "seed", "cfg", "steps"]
-)
+_SYMBOLS = frozenset(re.findall(r"\w+", "n p t k m w b s lambda gamma eta alpha beta lr seed cfg steps"))
+_QUANTITIES = frozenset(["length", "batch", "samplingsteps", "lr"])
+_DOING = ("finetun", "train", "decoupl", "separat")
+"""A number told with a quantity belongs to that; what is done with a thing is no unit, the thing comes after."""
+_ASSIGNED = re.compile(r"^(?:with |use |set )?[a-z]+ ?(?:=|:|in\b|∈)")
 _JOINING = ("", "or", "and", "to", "versus", "vs", "e", "per", "for", "with", "in", "at", "instead", "each")
 _BREAK = re.compile(r"\s*(?:,|;|/|\||&|\bor\b|\band\b|\bversus\b|\bsuchas\b)\s*")
 _EACH = re.compile(
@@ -51,33 +43,18 @@ _REASONS = re.compile(r"\s-{1,3}\s|[:;]|\b(?:because|since|so that|which|where)\
 _VARYING = re.compile(
     r"anneal|gradual|linearly|ramp|schedul|dynamic|progressiv|over (?:training|time)|time-var|adaptive|learn(?:ed|able)"
 )
-_OFF = re.compile(r"^(?:none|nothing|off|disabled?|removed?|removing|no|without|not using|omit(?:ted)?)\b")
+_MOVING = re.compile(
+    r"\breassign|\bdynamic|\bduring (?:training|finetun)|\bover (?:the )?(?:course of )?(?:training|finetun)"
+    r"|\bprogressive|\bas training|\brestarts?\b|\bgradual|\banneal(?:ed)? from|\bramp"
+    r"|\b(?:first|last|second) (?:half|part|third) of"
+)
+"""What changes while it is trained: no setting does, but the learning rate."""
+_OFF = re.compile(r"^(?:none|nothing|off|disabled?|remov(?:ed?|ing)|no|without|not using|omit(?:ted)?)\b")
 _BASELINE = re.compile(r"^(?:the )?(?:baseline|original|default|current|unchanged)\b")
 _INSTEAD = re.compile(
-    r"\b(?:instead of|rather than|in place of|as opposed to|in lieu of|unlike|compared (?:to|with)|over the)\b"
+    r"\b(?:instead of|rather than|in place of|as opposed to|in lieu of|unlike|compared (?:to|with))\b"
 )
 _SWAP = re.compile(r"^(?:replace|replacing|replaced|substitute|swap|switch)\b.*?\b(?:with|by|for|to)\b\s*(?P<new>.+)$")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A change that a text means; `needs` says what the recipe lacks for it."""
-
-    change: Change
-    score: float
-    variant: str = ""
-    note: str = ""
-    needs: str = ""
-
-
-@dataclass(frozen=True)
-class Meant:
-    """The changes that a text means, or none and the reason."""
-
-    choices: tuple[Choice, ...] = ()
-    reason: str = ""
-    nearest: tuple[str, ...] = ()
-    score: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +76,23 @@ def meant(part: Part, text: str, recipe: Recipe, context: str = "") -> Meant:
         return Meant(reason=f"an empty replacement; {part.name} takes {'; '.join(takes(part))}", nearest=takes(part))
     if off := _off(part, wording):
         return off
+    if _MOVING.search(wording) and "gradient" not in wording:
+        return _unknown(part, text, wording)
     try:
         each = bool(_EACH.search(f"{normalised(context)} ; {wording}"))
         choices = tuple(_choices(part, wording, recipe, each))
     except UserError as error:
         return Meant(reason=str(error), nearest=takes(part)[:5], score=_best(part, wording))
     return Meant(choices, score=choices[0].score) if choices else _unknown(part, text, wording)
+
+
+def value_of(part: Part, text: str, context: str) -> str:
+    """A text that tells no more than a number, with the name of the value that `context` surely speaks of."""
+    said = normalised(text)
+    fits = [fit for fit in _fits(part, normalised(context)) if callable(fit.replacement.change)]
+    if not numbers(said) or frozenset(concepts(said)) - {"gamma"} or not fits or fits[0].score < NAMED:
+        return ""
+    return f"{fits[0].replacement.name} {text}"
 
 
 def wanted(text: str) -> str:
@@ -129,8 +117,14 @@ def _off(part: Part, text: str) -> Meant | None:
 
 def _choices(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choice]:
     """One replacement that fits well; several that the text lists; numbers; one that fits well enough."""
+    if ordered := in_order(part, text, recipe):
+        yield ordered
+        return
     fits = _fits(part, text)
     best = fits[0].score if fits else 0.0
+    if _by_symbol(part, text) and (numeric := list(_numeric(part, text, recipe, each))):
+        yield from numeric
+        return
     listed = [] if best >= SURE else _listed(part, text)
     if len(listed) > 1:
         for piece, fit in listed:
@@ -143,27 +137,35 @@ def _choices(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choi
         yield from numeric
     elif best >= LOOSE.least:
         rivals = [fit for fit in fits if best - fit.score < MARGIN and fit.part is fits[0].part]
+        rivals = [fit for fit in rivals if fit.score == PATTERN] or rivals
+        rivals = [fit for fit in rivals if not any(_within(fit, other) for other in rivals)]
         if len(rivals) > 1:
             names = " or ".join(fit.replacement.name for fit in rivals)
             raise UserError(f"it could be {names}; give each an entry of its own")
-        joined = {} if best >= SURE else _joined(fits)
-        for choice in _of(fits[0], text, recipe):
+        joined = {} if best >= SURE else _joined(fits, recipe, text)
+        for choice in _of(rivals[0], text, recipe):
             yield replace(choice, change={**joined, **choice.change})
 
 
 def _fits(part: Part, text: str) -> list[_Fit]:
     """The replacements that fit a text, the best first; of equals, the part's own before related parts'."""
-    own = part.field - _telling(part)
-    elsewhere = CHANGES - _telling(part)
-    strange = (
-        FOREIGN_PENALTY if any(tag.concept in STRANGE | elsewhere and tag.place == 1.0 for tag in tagged(text)) else 0.0
-    )
+    rows = {row.name: row for row in family(part)}
+    own = {name: (part.field | row.field) - _telling(part) for name, row in rows.items()}
+    named = frozenset(tag.concept for tag in tagged(text) if not tag.later)
+    strange = FOREIGN_PENALTY if named & (STRANGE - part.field | (CHANGES - _telling(part))) else 0.0
     found = [
-        _Fit(row, one, 0.95 if one.pattern and re.search(one.pattern, text) else score(text, one.names, own) - strange)
-        for row in family(part)
+        _Fit(row, one, PATTERN if one.pattern and re.search(one.pattern, text) else score(text, one.names, own[name]))
+        for name, row in rows.items()
         for one in row.replacements
     ]
+    found = [replace(fit, score=fit.score - strange - _ignored(fit, named)) for fit in found]
     return sorted((fit for fit in found if fit.score > 0), key=lambda fit: -fit.score)
+
+
+def _ignored(fit: _Fit, named: frozenset[str]) -> float:
+    """The penalty for a reading that leaves out a change with a name of its own, as NashMTL."""
+    said = frozenset().union(*map(meaning, fit.replacement.names))
+    return 0.0 if fit.part.joins or fit.replacement.pattern or not (named & CHANGES) - said else FOREIGN_PENALTY
 
 
 def absent(part: Part, text: str, recipe: Recipe) -> str:
@@ -200,23 +202,31 @@ def _listed(part: Part, text: str) -> list[tuple[str, _Fit]]:
                 return []
             continue
         found.append((piece, fits[0]))
-    return found if len({fit.replacement.name for _, fit in found}) > 1 else []
+    whole = [pair for pair in found if not any(_within(pair[1], other) for _, other in found)]
+    return whole if len({fit.replacement.name for _, fit in whole}) > 1 else []
+
+
+def _within(fit: _Fit, other: _Fit) -> bool:
+    """Whether a replacement says part of what another one says: learned weights, and learned weights a layer."""
+    one, more = fit.replacement.change, other.replacement.change
+    return not callable(one) and not callable(more) and one != more and one.items() <= more.items()
 
 
 def _of(fit: _Fit, text: str, recipe: Recipe, *, name: bool = False) -> Iterator[Choice]:
     one, needs = fit.replacement, fit.part.needs(recipe)
     also = _count_beside(fit.part, text, recipe)
-    for variant, change in one.variants(recipe, text, numbers(text)):
+    variants = one.variants(recipe, text, numbers(text))
+    for variant, change in variants:
         label = variant or (one.name if name else "")
-        yield Choice({**also, **change}, fit.score, label, one.note, needs)
+        note = one.note if len(variants) > 1 or not one.several else ""
+        yield Choice({**also, **change}, fit.score, label, note, needs)
 
 
-def _joined(fits: Sequence[_Fit]) -> Change:
+def _joined(fits: Sequence[_Fit], recipe: Recipe, text: str) -> Change:
     """What a text names besides its best replacement, of a part that goes with it: `TIES with uniform weights`."""
     best = fits[0]
     others = (fit for fit in fits[1:] if fit.part.name in best.part.joins and fit.score >= LOOSE.least)
-    change = next((fit.replacement.change for fit in others), {})
-    return {} if callable(change) else change
+    return next((fit.replacement.variants(recipe, text, ())[0][1] for fit in others), {})
 
 
 def _count_beside(part: Part, text: str, recipe: Recipe) -> Change:
@@ -263,8 +273,16 @@ def _own_numbers(part: Part, text: str, *, strict: bool) -> list[Number]:
         return []
     if symbol:
         every = every[every.index(symbol[0]) :]
+    if not symbol and frozenset(concepts(text)) & _QUANTITIES - part.field:
+        every = tuple(n for n in every if n.after in units and n.after not in _DOING)
     others = _SYMBOLS - {*symbols}
-    return [n for n in every if n.symbol not in others and n.after in (*units, *_JOINING)]
+    return [n for n in every if n.symbol not in others and (n.kind == "factor" or n.after in (*units, *_JOINING))]
+
+
+def _by_symbol(part: Part, text: str) -> bool:
+    """Whether a text begins with the part's own symbol and a value, as `p = 0.5`."""
+    every = numbers(text)
+    return bool(part.numeric and every and every[0].symbol in part.numeric.symbols and _ASSIGNED.match(text))
 
 
 def _once(found: Sequence[Number]) -> list[Number]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from deme_diffusion.ablate import replacing
 from deme_diffusion.ablate.arms import Arm, Resolved
-from deme_diffusion.ablate.consequences import applied, completed
-from deme_diffusion.ablate.matching import LOOSE, score
+from deme_diffusion.ablate.consequences import applied, completed, idle, taken_along
+from deme_diffusion.ablate.matching import LOOSE, score, strangeness
 from deme_diffusion.ablate.metrics import metrics_of
 from deme_diffusion.ablate.parts import PARTS, family
 from deme_diffusion.ablate.plan import Ablation
 from deme_diffusion.ablate.rows import Change, Part
+from deme_diffusion.ablate.saying_experts import one_of_several
 from deme_diffusion.ablate.speaking import Spoken, spoken
+from deme_diffusion.ablate.text import normalised, numbers
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
+
+_STRANGE = 0.34
+"""More of a text that is of no vocabulary than this, and it speaks of something else."""
+_SURE = 0.7
+"""What is added names its own part only where it scores so well."""
+_OTHER = re.compile(r"\b(?:another|(?:an?|some) (?:different|other|alternative))\b", re.IGNORECASE)
 
 
 def resolve(ablation: Ablation, recipe: Recipe) -> Resolved:
@@ -24,6 +34,8 @@ def resolve(ablation: Ablation, recipe: Recipe) -> Resolved:
     if ablation.change or ablation.changes:
         return Resolved(ablation, _part_of(ablation), metrics, tuple(_exact(ablation, recipe)), 1.0)
     found = spoken(ablation)
+    if found.part is None and ablation.action == "ADD" and (added := _named_by_what_is_added(ablation, recipe)):
+        return Resolved(ablation, added[0], metrics, added[1], found.score)
     if found.part is None:
         arms = [_refused(text, found.reason, found.nearest, found.score) for text in _texts(ablation)]
         return Resolved(ablation, None, metrics, tuple(arms), found.score)
@@ -65,11 +77,34 @@ def _added(ablation: Ablation, part: Part, sure: float, recipe: Recipe) -> list[
         known = all(arm.status != "not_executable" for arm in named)
         if known or "ADD" not in part.actions:
             arms += named
-        elif not ablation.replacement or score(text, part.names, part.field) >= LOOSE.least:
+        elif not ablation.replacement or _names(part, text):
             arms.append(_turned_on(part, given, sure, recipe))
         else:
             arms += named
     return arms
+
+
+def _named_by_what_is_added(ablation: Ablation, recipe: Recipe) -> tuple[str, tuple[Arm, ...]] | None:
+    """What is added to a part that is none by itself, but of this method's words, may name its own part surely."""
+    if strangeness(ablation.ablated_part) > _STRANGE or one_of_several(ablation.ablated_part):
+        return None
+    arms: list[Arm] = []
+    part = None
+    for text in ablation.replacement:
+        found = spoken(Ablation("", text, "ADD"))
+        if found.part is None or found.several or found.score < _SURE:
+            arms.append(_refused(text, found.reason or f"{text!r} names no one part", found.nearest, found.score))
+            continue
+        part = part or found.part.name
+        named = _added(replace(ablation, ablated_part=text, replacement=[text]), found.part, found.score, recipe)
+        plain = "ADD" in found.part.actions and not found.part.replacements and found.part.numeric is None
+        arms += [_turned_on(found.part, text, found.score, recipe)] if plain else named
+    return (part, tuple(arms)) if part else None
+
+
+def _names(part: Part, text: str) -> bool:
+    """Whether a text names the part, and no more."""
+    return score(text, part.names, part.field) >= replacing.NAMED and not numbers(normalised(text))
 
 
 def _beside(part: Part, text: str) -> str:
@@ -105,8 +140,13 @@ def replaced(part: Part, text: str, recipe: Recipe, context: str = "", *, label:
     """The arms that one replacement text means."""
     given = text if label == "" else label
     meant = replacing.meant(part, text, recipe, context)
+    if not meant.choices and (named := replacing.value_of(part, text, context)):
+        meant = replacing.meant(part, named, recipe, context)
     if not meant.choices:
         return [_refused(given, meant.reason, meant.nearest, meant.score)]
+    if _OTHER.search(text) and all(applied_same(recipe, choice.change) for choice in meant.choices):
+        reason = f"{text!r} does not say which other one; {part.name} takes {'; '.join(replacing.takes(part))}"
+        return [_refused(given, reason, replacing.takes(part), meant.score)]
     arms = [
         arm_of(recipe, given, choice.change, choice.score, choice.variant, choice.note)
         if not choice.needs
@@ -116,16 +156,27 @@ def replaced(part: Part, text: str, recipe: Recipe, context: str = "", *, label:
     return [arm for number, arm in enumerate(arms) if arm.change not in [other.change for other in arms[:number]]]
 
 
+def applied_same(recipe: Recipe, change: Change) -> bool:
+    """Whether a change leaves the recipe as it is; one that it refuses does not."""
+    try:
+        return applied(recipe, completed(recipe, change)) == recipe
+    except UserError:
+        return False
+
+
 def arm_of(recipe: Recipe, text: str | None, change: Change, sure: float, variant: str = "", note: str = "") -> Arm:
     """An arm for a change: ready, the baseline itself, or refused by the recipe with its reason."""
     whole = completed(recipe, change)
     try:
-        same = applied(recipe, whole) == recipe
+        after = applied(recipe, whole)
     except UserError as error:
         return Arm(text, "not_executable", whole, variant, str(error), score=sure)
-    if same:
+    if after == recipe:
         return Arm(text, "same_as_baseline", whole, variant, "the recipe has it already", score=sure)
-    return Arm(text, "ready", whole, variant, note, score=sure)
+    if reason := idle(after, whole):
+        return Arm(text, "not_executable", whole, variant, reason, score=sure)
+    notes = (note, taken_along(recipe, change, whole))
+    return Arm(text, "ready", whole, variant, "; ".join(filter(None, notes)), score=sure)
 
 
 def _refused(text: str | None, reason: str, nearest: tuple[str, ...], sure: float) -> Arm:
@@ -148,10 +199,14 @@ def _exact(ablation: Ablation, recipe: Recipe) -> Iterator[Arm]:
                 yield from replaced(part, text, recipe)
             continue
         try:
-            same = applied(recipe, change) == recipe
+            after = applied(recipe, change)
         except UserError as error:
             yield Arm(text, "not_executable", change, reason=str(error), score=1.0)
             continue
+        if after != recipe and (reason := idle(after, change)):
+            yield Arm(text, "not_executable", change, reason=reason, score=1.0)
+            continue
+        same = after == recipe
         reason = "the recipe has it already" if same else ""
         yield Arm(text, "same_as_baseline" if same else "ready", change, reason=reason, score=1.0)
 

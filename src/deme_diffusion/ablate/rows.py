@@ -22,7 +22,8 @@ class Replacement:
 
     `change` is config path -> value, or a function (recipe, text, numbers) -> variants, that gives several arms where
     the text means several, and raises UserError where it lacks what is needed. A text in which `pattern` is found
-    means it; `example` is one that any recipe takes, where the name alone is not enough.
+    means it; `example` is one that any recipe takes, where the name alone is not enough; `several`: its note is of
+    several arms.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Replacement:
     note: str = ""
     pattern: str = ""
     example: str = ""
+    several: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ class Part:
 
     `exact`: what REMOVE names is a value, which the recipe must have (overlapping ranges); `also`: parts of the same
     field, whose replacements a plan may name here; `joins`: of those, what one text may name besides (`TIES with
-    uniform weights`); `beside`: what ADD makes of a replacement; `needs`: what a recipe lacks for it, if anything.
+    uniform weights`); `beside`: what ADD makes of a replacement; `needs`: what a recipe lacks for it, if anything;
+    `each`: the config path of its values, one a range.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Part:
     joins: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
     needs: Callable[[Recipe], str] = lambda recipe: ""
+    each: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,3 +115,24 @@ class Foreign:
     def names(self) -> tuple[str, ...]:
         """What it is recognised by; its name is for people."""
         return self.synonyms
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A change that a text means; `needs` says what the recipe lacks for it."""
+
+    change: Change
+    score: float
+    variant: str = ""
+    note: str = ""
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Meant:
+    """The changes that a text means, or none and the reason."""
+
+    choices: tuple[Choice, ...] = ()
+    reason: str = ""
+    nearest: tuple[str, ...] = ()
+    score: float = 0.0

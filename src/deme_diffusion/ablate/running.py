@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_diffusion.ablate import outcome
-from deme_diffusion.ablate.experiment import Experiment
-from deme_diffusion.ablate.folder import slug, write_record
+from deme_diffusion.ablate.experiment import Experiment, told
+from deme_diffusion.ablate.folder import RECORD, unused, write_record
 from deme_diffusion.ablate.opening import check, open_experiment
 from deme_diffusion.ablate.plan import Plan
 from deme_diffusion.ablate.reading import read_plan
-from deme_diffusion.errors import Interrupted, UserError, nearest
+from deme_diffusion.errors import Interrupted, MachineError, UserError, nearest
 from deme_diffusion.recipes import load
 from deme_diffusion.report.ablation import write_ablation
+from deme_diffusion.report.ablation_effects import plain_text
+from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 PACKAGED = Path(__file__).parent / "plans"
+MOST_NAME = 100
+"""Characters of a plan's name that a message repeats: a whole plan may be given where its name belongs."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def opened_plan(
 ) -> Experiment:
     """The experiment of a plan's document with a recipe and KEY=VALUE overrides, nothing of it made yet."""
     source = None if isinstance(plan, Plan) else found_plan(plan)
-    document = plan if isinstance(plan, Plan) else read_plan(found_plan(plan))
-    name = slug(source.stem) if source else "plan"
+    document = plan if isinstance(plan, Plan) else read_plan(source or plan)
+    name = unused(source.stem, set()) if source else "plan"
     changes = [*overrides, *([f"seeds={list(range(seeds))}"] if seeds else [])]
     loaded = load(recipe, changes)
     return open_experiment(document, name, loaded, out=out, source=source, command=command, download=download)
@@ -79,28 +86,65 @@ def opened_plan(
 def found_plan(plan: str | Path) -> Path:
     """The file of a plan: a path, or a packaged name. Raises UserError where there is none."""
     packaged = {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}
-    path = Path(plan)
-    if str(plan) in packaged and not path.is_file():
+    if is_file(plan):
+        return Path(plan)
+    if str(plan) in packaged:
         return packaged[str(plan)]
-    if path.is_file():
-        return path
-    what = "a folder, where a plan is a file" if path.is_dir() else "no such plan"
-    raise UserError(f"{plan}: {what}{nearest(str(plan), packaged)}; packaged: {', '.join(packaged)}")
+    what = "a folder, where a plan is a file" if os.path.isdir(plan) else "no such plan"  # noqa: PTH112 (as below)
+    said = f"{plain_text(plan, MOST_NAME)}: {what}{nearest(str(plan)[:MOST_NAME], packaged)}"
+    raise UserError(f"{said}; packaged: {', '.join(packaged)}")
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether a name is a file's; one that no file can have is not."""
+    return os.path.isfile(name)  # noqa: PTH113 (Path.is_file raises on names that are too long)
 
 
 def carried_out(experiment: Experiment) -> Findings:
     """Make what is not done; write `ablation.json`, tables, figures and pages from what all arms left."""
     try:
         experiment.execute()
-    except (Interrupted, KeyboardInterrupt):
-        if outcome.status(experiment, experiment.baseline) == "done":
-            write_record(experiment, outcome.content(experiment))
+    except (Exception, KeyboardInterrupt) as error:
+        if experiment.begun:
+            _leave(experiment, error)
         raise
     found = outcome.content(experiment)
     write_record(experiment, found)
     sentences = write_ablation(experiment.folder, found)
     _renew_page(experiment)
     return Findings(experiment.folder, found, tuple(sentences))
+
+
+def _leave(experiment: Experiment, error: BaseException) -> None:
+    """What is there when an experiment ends early: the record, unless an earlier one tells of more, and a line."""
+    baseline = experiment.baseline
+    if (
+        isinstance(error, Exception)
+        and not isinstance(error, Interrupted)
+        and outcome.status(experiment, baseline) != "done"
+    ):
+        baseline.error = told(error)
+    found = outcome.content(experiment)
+    count = _statuses(found)
+    arms = ", ".join(f"{count[status]} {status}" for status in ("done", "failed", "missing") if count[status])
+    log.warning(
+        "%s: %d of %d stages are done; baseline: %s; arms: %s",
+        experiment.folder, len(experiment.stages), len(experiment.union), found["baseline"]["status"], arms,
+    )  # fmt: skip
+    with suppress(MachineError):  # a full disk must not hide why it ended
+        if count["done"] >= _done_before(experiment.folder):
+            write_record(experiment, found)
+
+
+def _done_before(folder: Path) -> int:
+    try:
+        return _statuses(read_json(folder / RECORD))["done"]
+    except (UserError, LookupError, TypeError, AttributeError):
+        return 0
+
+
+def _statuses(content: Mapping[str, Any]) -> Counter[str]:
+    return Counter(arm["status"] for ablation in content["ablations"] for arm in ablation["arms"])
 
 
 def _renew_page(experiment: Experiment) -> None:

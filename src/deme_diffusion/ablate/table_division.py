@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
-from deme_diffusion.ablate.matching import concepts
-from deme_diffusion.ablate.rows import Change, Numeric, Part, Replacement, Variant
+from deme_diffusion.ablate.rows import Change, Numeric, Part, Replacement
+from deme_diffusion.ablate.saying_ranges import (
+    RANDOM_ASSIGNMENT,
+    RANDOM_BOUNDARIES,
+    nonuniform,
+    overlapping,
+    random,
+    unsaid,
+)
 from deme_diffusion.ablate.text import Number
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
 
 ONE_MODEL: Change = {"decouple.num_ranges": 1, "merge.method": "none", "merge.search": "none"}
 """One model finetuned on all timesteps with the whole budget: nothing is left to be merged."""
-RANDOM_BOUNDARIES: Change = {"decouple.division": "random_boundaries"}
-RANDOM_ASSIGNMENT: Change = {"decouple.division": "random_assignment"}
 
 
 def whole(number: Number, what: str) -> int:
@@ -30,67 +32,11 @@ def _count(recipe: Recipe, number: Number) -> Change:
     return ONE_MODEL if count == 1 else {"decouple.num_ranges": count}
 
 
-def _overlapping(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    division: Change = {"decouple.division": "overlapping"}
-    shares = [number.value for number in numbers if 0 < number.value <= 1]
-    if not shares and any(number.symbol == "overlap" or number.after in ("timestep", "overlap") for number in numbers):
-        raise UserError("an overlap is a share of a range's width, 0 to 1, as 25%")
-    if len(shares) == 1:
-        return [("", {**division, "decouple.overlap": shares[0]})]
-    return [(f"overlap {share:g}", {**division, "decouple.overlap": share}) for share in shares] or [("", division)]
-
-
-def _random(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    """Where it is not said in which sense: both."""
-    said = frozenset(concepts(text.replace("(", " ").replace(")", " ")))
-    if "assign" in said and "boundary" not in said:
-        return [("", RANDOM_ASSIGNMENT)]
-    return [("random boundaries", RANDOM_BOUNDARIES), ("random assignment", RANDOM_ASSIGNMENT)]
-
-
-def _edges(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    """Edges as they are written: intervals, or the timesteps at which a new range begins."""
-    found = re.findall(r"(\d+)\s*(?:,|-|to|;|<=?\s*t\s*<=?)\s*(\d+)", text)
-    intervals = bool(re.search(r"[\[(]\s*\d+\s*[,;-]\s*\d+\s*[\])]", text)) or (len(found) > 1 and "-" in text)
-    if intervals:
-        starts = [int(low) for low, _ in found]
-        edges = sorted({start for start in starts if start > 0})
-    else:
-        edges = [int(value) for value in re.findall(r"(?<![\d.])\d+(?![\d.%])", re.sub(r"(?<=\d),(?=000\b)", "", text))]
-    edges = [edge for edge in edges if edge > 0]
-    if not edges:
-        raise UserError("where do ranges begin? say the timesteps, as [0, 100), [100, 300), [300, 1000)")
-    change = {"decouple.division": "explicit", "decouple.edges": edges, "decouple.num_ranges": len(edges) + 1}
-    return [("", change)]
-
-
-def _says_edges(text: str, numbers: Sequence[Number]) -> bool:
-    above = [number for number in numbers if number.value > 1]
-    return len(above) > 1 or re.search(r"[\[(]\s*0\s*[,-]|\bat (?:t|timestep)\s*=?\s*\d", text) is not None
-
-
 def _overlap(recipe: Recipe, number: Number) -> Change:
     """A share is an overlap, a whole number one of ranges."""
     if number.kind == "percent" or 0 < number.value < 1:
         return {"decouple.division": "overlapping", "decouple.overlap": number.value}
     return _count(recipe, number)
-
-
-def _unsaid(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    if _says_edges(text, numbers):
-        return _edges(recipe, text, numbers)
-    raise UserError("which ranges? say the timesteps at which they begin, as [0, 100), [100, 300), [300, 1000)")
-
-
-def _nonuniform(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    """Without edges: equal in log-SNR, the usual measure of noise, whose ranges of timesteps have unequal widths."""
-    if _says_edges(text, numbers):
-        return _edges(recipe, text, numbers)
-    return [("", {"decouple.division": "log_snr"})]
-
-
-def _one_model(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    return [("", ONE_MODEL)]
 
 
 DECOUPLING = Part(
@@ -125,6 +71,17 @@ DECOUPLING = Part(
         "number of decoupled ranges",
         "decoupled timesteps",
         "number of decoupled experts",
+        "expert decoupling",
+        "decoupled single",
+        "number of ranges N",
+        "N experts",
+        "finetuning of experts for ranges",
+        "split of training into experts",
+        "how many experts",
+        "separate experts",
+        "one expert per range",
+        "one expert for each timestep range",
+        "split of timesteps into separately finetuned ranges",
         "number of merged models",
         "number of timestep experts",
     ),
@@ -219,6 +176,20 @@ DIVISION = Part(
         "equal nonoverlapping timestep ranges",
         "overlap of timestep ranges",
         "overlap between ranges",
+        "division among experts",
+        "split of timesteps among experts",
+        "assignment of timesteps",
+        "boundaries between ranges",
+        "boundaries of experts",
+        "split into ranges",
+        "assign timesteps to experts",
+        "disjoint timesteps",
+        "disjoint ranges",
+        "disjoint range boundaries",
+        "split points",
+        "hard boundaries",
+        "overlap degree",
+        "time split into uniform ranges",
         "overlap ratio",
         "split of the full range into uniform segments",
     ),
@@ -227,7 +198,7 @@ DIVISION = Part(
     is_on=lambda recipe: recipe.decouple.num_ranges > 1,
     replacements=(
         Replacement("uniform", ("uniform", "uniform division", "uniform in time"), {"decouple.division": "uniform"}),
-        Replacement("overlapping", ("overlap", "overlap between neighbours"), _overlapping),
+        Replacement("overlapping", ("overlap", "overlap between neighbours"), overlapping),
         Replacement(
             "random boundaries",
             (
@@ -251,7 +222,7 @@ DIVISION = Part(
             ),
             RANDOM_ASSIGNMENT,
         ),
-        Replacement("random", ("random",), _random, "random in either sense: boundaries, and assignment"),
+        Replacement("random", ("random",), random, "random in either sense: boundaries, and assignment", several=True),
         Replacement(
             "log-SNR-uniform",
             (
@@ -268,7 +239,7 @@ DIVISION = Part(
         Replacement(
             "non-uniform",
             ("nonuniform", "nonuniform boundaries"),
-            _nonuniform,
+            nonuniform,
             "without edges: log-SNR-uniform, whose ranges have unequal widths",
         ),
         Replacement(
@@ -289,15 +260,16 @@ DIVISION = Part(
         ),
         Replacement(
             "explicit edges",
-            ("boundaries", "explicit boundaries", "manual boundaries"),
-            _unsaid,
-            pattern=r"\bat (?:t|timestep)\s*=?\s*\d+|[\[(]\s*\d+\s*[,;-]\s*\d+\s*[\])]|\b0\s*-\s*\d+\s*,",
+            ("explicit boundaries", "manual boundaries", "given boundaries"),
+            unsaid,
+            pattern=r"\b(?:cut|boundar|edge|border|threshold|breakpoint|delimit)\w*\b[^\d%]{0,20}\d+(?![\d.%])"
+            r"|\bat (?:t|timestep)\s*=?\s*\d+|[\[(]\s*\d+\s*[,;-]\s*\d+\s*[\])]|\b0\s*-\s*\d+\s*,",
             example="boundaries at 5, 10",
         ),
         Replacement(
             "finer or coarser ranges",
             ("finer", "nonuniform finer", "logarithmic", "nonuniform logarithmic"),
-            _unsaid,
+            unsaid,
             "with edges",
             example="finer ranges: [0, 3), [3, 10), [10, 20)",
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from deme_diffusion.ablate.rows import Numeric, Part, Replacement, Variant
 from deme_diffusion.ablate.text import Number
 from deme_diffusion.config import Recipe
 from deme_diffusion.errors import UserError
+from deme_diffusion.merging.table import METHODS
 
 _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "task_arithmetic": ("task arithmetic", ("weighted average", "interpolation", "sum of task vectors")),
@@ -31,6 +33,33 @@ ENSEMBLE = Replacement(
 )
 
 
+_GONE = re.compile(r"drop|trim(?:ming)? (?:away|off|the)|discard|prun|remov|zero|mask|cut")
+_STAYS = re.compile(r"keep|kept|top|largest|retain|densit|stay|surviv|preserv")
+
+
+def _method(key: str) -> Callable[[Recipe, str, Sequence[Number]], Sequence[Variant]]:
+    """A method with the density that a text tells: what is kept of a task vector, or what is dropped."""
+
+    def change(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
+        result = {"merge.method": key}
+        found = [n.value for n in numbers if n.kind != "plain" or n.symbol in ("density", "rate", "ratio", "p", "k")]
+        found = [value for value in found if 0 < value < 1]
+        stays, gone = _STAYS.search(text), _GONE.search(text)
+        if not found or not (stays or gone) or "density" not in METHODS[key].defaults:
+            return [("", result)]
+        if stays and gone:
+            place = min(text.find(c) for c in "0123456789" if c in text)
+            gone = None if abs(stays.start() - place) < abs(gone.start() - place) else gone
+        kept = [round(1 - value, 9) if gone else value for value in found]
+        label = next(name for row, (name, _) in _METHODS.items() if row == key)
+        return [
+            (f"{label}, density {value:g}" if len(kept) > 1 else "", {**result, "merge.options.density": value})
+            for value in kept
+        ]
+
+    return change
+
+
 def _merges(recipe: Recipe) -> str:
     return "the recipe merges nothing (merge.method=none)" if recipe.merge.method == "none" else ""
 
@@ -47,6 +76,12 @@ def _given(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant
     return [(f"each weight {value:g}", {"merge.weights": [value] * experts}) for value in values]
 
 
+def _uniform(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
+    """The method's own default, or the number that all have."""
+    values = [number for number in numbers if number.kind == "plain" and not number.after.startswith("expert")]
+    return _given(recipe, text, values) if values else [("", {"merge.search": "none"})]
+
+
 MERGING = Part(
     name="merging",
     description="the step that makes one model of the experts; without it, the experts serve as an ensemble",
@@ -60,6 +95,18 @@ MERGING = Part(
         "merge the finetuned experts",
         "merge task vectors",
         "merge training",
+        "merge N experts",
+        "merge experts into single",
+        "merge into single",
+        "merge experts",
+        "merge single model from experts",
+        "merge back into single",
+        "merge N experts into single",
+        "single merged model",
+        "merge expert task vectors",
+        "merge of finetuned weights",
+        "merge finetuned weights",
+        "merge finetuned experts into single",
         "task vectors",
     ),
     off={"merge.method": "none"},
@@ -79,6 +126,19 @@ METHOD = Part(
         "merge by weighted average",
         "task arithmetic merge of experts",
         "weighted average of experts",
+        "linear merge",
+        "sum of experts",
+        "merge by sum",
+        "sum merge",
+        "sum of weighted experts",
+        "weighted sum",
+        "weighted sum of task vectors",
+        "linear combination of experts",
+        "merge formula",
+        "merge interpolation of experts",
+        "task vectors sum with weights",
+        "interpolation of experts",
+        "merge arithmetic",
         "average of experts",
         "merge by average",
         "merge by interpolation",
@@ -88,9 +148,7 @@ METHOD = Part(
         "slerp",
     ),
     actions=("REPLACE",),
-    replacements=tuple(
-        Replacement(name, synonyms, {"merge.method": key}) for key, (name, synonyms) in _METHODS.items()
-    ),
+    replacements=tuple(Replacement(name, synonyms, _method(key)) for key, (name, synonyms) in _METHODS.items()),
     also=("merging", "merge weights"),
     joins=("merge weights",),
     needs=_merges,
@@ -119,6 +177,22 @@ WEIGHTS = Part(
         "weight of each expert",
         "merge grid",
         "merge task vectors weight",
+        "w_i coefficient",
+        "w_i search",
+        "w_i grid search",
+        "task vector w_i",
+        "merge w_i",
+        "w_i weights",
+        "w_i of task vectors",
+        "single weight for each expert",
+        "weight for each task vector",
+        "weights in the sum of task vectors",
+        "search of expert weights",
+        "search of task vector weights",
+        "expert weights",
+        "merge weights found by search",
+        "scaling of task vectors",
+        "weight of task vectors",
         "merge hyperparameter search",
     ),
     off={"merge.search": "none"},
@@ -138,9 +212,8 @@ WEIGHTS = Part(
                 "uniform merge",
                 "weight 1/N",
                 "constant",
-                "uniform average weights",
             ),
-            {"merge.search": "none"},
+            _uniform,
         ),
         Replacement(
             "least squares",
@@ -167,10 +240,21 @@ WEIGHTS = Part(
         Replacement(
             "TPE", ("Bayesian optimisation", "bayesian", "bayesian search of weights"), {"merge.search": "tpe"}
         ),
-        Replacement("by SNR", ("snr", "snr weights", "snr weighted average"), {"merge.weighting": "snr"}),
+        Replacement(
+            "by SNR",
+            (
+                "snr",
+                "snr weights",
+                "snr weighted average",
+                "average snr",
+                "snr of each range",
+                "average snr of each range",
+            ),
+            {"merge.weighting": "snr"},
+        ),
         Replacement(
             "given weights",
-            ("fixed weights", "manual weights", "weights given by hand"),
+            ("fixed weights", "manual weights", "weights given by hand", "constant given weights"),
             _given,
             example="each weight 0.25",
         ),
@@ -181,5 +265,6 @@ WEIGHTS = Part(
     also=("merging", "merge method"),
     joins=("merge method",),
     needs=_merges,
+    each="merge.weights",
 )
 PARTS = (MERGING, METHOD, WEIGHTS)

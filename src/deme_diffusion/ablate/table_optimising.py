@@ -46,6 +46,13 @@ WEIGHTING = Part(
         "training objective weight",
         "truncated snr",
         "min snr weight",
+        "timestep weights",
+        "constant weight of timesteps",
+        "constant weight",
+        "simple loss",
+        "lsimple",
+        "uniform timestep weights",
+        "weights of timesteps in loss",
         "loss weighting by timestep",
         "min snr loss weighting",
     ),
@@ -55,7 +62,7 @@ WEIGHTING = Part(
     replacements=(
         Replacement("SNR+1", ("snr + 1", "snr+1 weight"), {"decouple.loss_weighting": "snr_plus_one"}),
         Replacement("truncated SNR", ("truncated snr weight",), {"decouple.loss_weighting": "truncated_snr"}),
-        Replacement("Min-SNR", ("min snr gamma", "min snr weight"), _min_snr),
+        Replacement("Min-SNR", ("min snr gamma", "min snr weight", "min snr with gamma"), _min_snr),
         Replacement("P2", ("p2 weight", "p2 loss"), {"decouple.loss_weighting": "p2"}),
         Replacement(
             "none",
@@ -103,6 +110,7 @@ EMA = Part(
     off={"decouple.use_ema": False},
     on={"decouple.use_ema": True},
     is_on=lambda recipe: recipe.decouple.use_ema,
+    replacements=(Replacement("raw weights", ("raw weight", "raw", "last checkpoint"), {"decouple.use_ema": False}),),
     numeric=Numeric(
         lambda recipe, number: {"decouple.ema_max_decay": number.value, "decouple.use_ema": True},
         ("decay", "rate", "ema", "momentum", "beta"),
@@ -125,6 +133,7 @@ RATE = Part(
         "half",
     ),
     also=("learning rate schedule",),
+    each="decouple.range_learning_rates",
 )
 SCHEDULE = Part(
     name="learning rate schedule",
@@ -184,6 +193,7 @@ LENGTH = Part(
         ("20K iterations", "half"),
         "double",
     ),
+    each="decouple.range_steps",
 )
 BATCH = Part(
     name="batch size",

@@ -1,11 +1,9 @@
-"""Rows of the parts table: the techniques that each expert is finetuned with, and what it starts from."""
+"""Rows of the parts table: the techniques that each expert is finetuned with, and how its timesteps are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from deme_diffusion.ablate.rows import Change, Numeric, Part, Replacement, Variant
-from deme_diffusion.ablate.text import Number
+from deme_diffusion.ablate import table_models
+from deme_diffusion.ablate.rows import Numeric, Part, Replacement
 from deme_diffusion.config import Recipe
 
 _DEFAULTS = Recipe().decouple
@@ -15,24 +13,14 @@ def _when(active: bool, reason: str) -> str:
     return "" if active else reason
 
 
-def _spatial(axes: str) -> Change:
-    return {"decouple.projection_axes": axes}
-
-
-def _partly_random(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
-    shares = [number.value for number in numbers if 0 < number.value < 1]
-    change: Change = {"decouple.init": "partly_random"}
-    return [("", {**change, "decouple.init_random_share": share}) for share in shares] or [("", change)]
-
-
 TECHNIQUES = Part(
-    name="finetuning techniques",
+    name="all three techniques",
     description="the three of Sec. 3.1 and 3.2 together: probabilistic sampling, consistency loss, projection",
     path="decouple.global_prob",
     synonyms=(
-        "training techniques",
         "three techniques",
-        "all three",
+        "three training techniques",
+        "three finetuning techniques",
     ),
     off={"decouple.global_prob": 0.0, "decouple.consistency_weight": 0.0, "decouple.projection": "none"},
     on={
@@ -68,6 +56,19 @@ GLOBAL = Part(
         "timestep sampling of experts",
         "timestep range sampling",
         "finetuning timestep sampling",
+        "probability of outside timesteps",
+        "probability of timesteps outside the own range",
+        "sampling timesteps from outside the range",
+        "sampling outside the range",
+        "global timesteps",
+        "coin of global timesteps",
+        "probability of full range",
+        "timesteps of the full range",
+        "timesteps from outside the own range",
+        "probability expert timesteps",
+        "mixed timesteps probability",
+        "expert sampling of global timesteps",
+        "share of global timesteps",
         "probabilistic sampling p",
     ),
     off={"decouple.global_prob": 0.0},
@@ -99,6 +100,7 @@ GLOBAL = Part(
         ("0.1", "p = 0.5"),
         "p = 0.5",
     ),
+    also=("per-sample coin",),
 )
 
 CONSISTENCY = Part(
@@ -122,6 +124,22 @@ CONSISTENCY = Part(
         "distillation consistency",
         "consistency weight",
         "consistency loss with pretrained",
+        "loss to the frozen pretrained model",
+        "consistency with pretrained",
+        "consistency with the teacher model",
+        "consistency loss to teacher",
+        "distillation loss to the teacher",
+        "loss consistency to pretrained",
+        "loss of deviation from teacher",
+        "teacher matching loss",
+        "regularization to the teacher",
+        "pull to pretrained",
+        "loss with frozen teacher",
+        "consistency loss term",
+        "consistency of experts with pretrained",
+        "frozen pretrained loss",
+        "distillation to the frozen teacher",
+        "weight of the teacher loss",
         "regularization to the pretrained model",
     ),
     off={"decouple.consistency_weight": 0.0},
@@ -163,95 +181,6 @@ TEACHER = Part(
     needs=lambda recipe: _when(recipe.decouple.consistency_weight > 0, "the recipe has no consistency loss"),
 )
 
-PROJECTION = Part(
-    name="channel-wise projection",
-    description="a learnable C x C matrix over the channels of feature maps, identity at start (Sec. 3.2)",
-    path="decouple.projection",
-    synonyms=(
-        "projection",
-        "channel projection",
-        "channel",
-        "channel projection layer",
-        "projection placement",
-        "channel projection of features",
-        "identity channel projection",
-        "residual projection",
-        "block projection",
-        "channel mixing",
-    ),
-    off={"decouple.projection": "none"},
-    on={"decouple.projection": _DEFAULTS.projection},
-    is_on=lambda recipe: recipe.decouple.projection != "none",
-    replacements=(
-        Replacement(
-            "none", ("identity", "fixed identity", "identity without projection"), {"decouple.projection": "none"}
-        ),
-        Replacement("after residual branches", ("residual", "residual placement"), {"decouple.projection": "residual"}),
-        Replacement("after every block", ("block", "after every block"), {"decouple.projection": "block"}),
-        Replacement(
-            "spatial", ("spatial", "depthwise 3x3 convolution", "spatial depthwise projection"), _spatial("spatial")
-        ),
-        Replacement(
-            "channel and spatial",
-            (
-                "both channel and spatial",
-                "both",
-                "both spatial",
-                "both depthwise",
-                "joint channel and spatial",
-                "spatial and channel",
-            ),
-            _spatial("both"),
-        ),
-        Replacement("channel", ("channel", "channel only", "own channel"), _spatial("channel")),
-    ),
-    beside={"spatial": "channel and spatial"},
-    also=("spatial projection",),
-)
-
-SPATIAL = Part(
-    name="spatial projection",
-    description="a depthwise 3x3 convolution beside the channel-wise projection, identity at start",
-    path="decouple.projection_axes",
-    synonyms=("spatial projection", "spatial projection beside channel", "both spatial and channel projection"),
-    off={"decouple.projection_axes": "channel"},
-    on={"decouple.projection_axes": "both"},
-    actions=("REMOVE", "ADD"),
-    is_on=lambda recipe: recipe.decouple.projection != "none" and recipe.decouple.projection_axes != "channel",
-)
-
-INIT = Part(
-    name="initialisation",
-    description="what the experts start from",
-    path="decouple.init",
-    synonyms=(
-        "init",
-        "initialisation of the experts",
-        "pretrained",
-        "pretrained init",
-        "pretrained initialisation of experts",
-        "expert init from pretrained",
-        "finetuning from pretrained",
-        "init of finetuning",
-        "training from pretrained",
-        "pretrained experts",
-        "init of single models",
-        "shared init",
-        "scratch",
-    ),
-    off={"decouple.init": "random"},
-    on={"decouple.init": "pretrained"},
-    is_on=lambda recipe: recipe.decouple.init != "random",
-    replacements=(
-        Replacement("pretrained", ("pretrained", "pretrained init"), {"decouple.init": "pretrained"}),
-        Replacement("EMA", ("ema", "ema init", "pretrained ema"), {"decouple.init": "ema"}),
-        Replacement(
-            "partly random", ("partly", "partly random", "partly pretrained", "partly scratch"), _partly_random
-        ),
-        Replacement("random", ("random", "scratch", "random start", "training scratch"), {"decouple.init": "random"}),
-    ),
-)
-
 ANTITHETIC = Part(
     name="antithetic timesteps",
     description="timesteps drawn in mirrored pairs, as the public script does",
@@ -262,6 +191,7 @@ ANTITHETIC = Part(
         "antithetic timestep sampling",
         "antithetic sampling of timesteps",
         "antithetic pairs",
+        "antithetic timesteps in the range",
     ),
     actions=("REMOVE", "ADD"),
     off={"decouple.antithetic": False},
@@ -270,19 +200,20 @@ ANTITHETIC = Part(
 )
 
 COIN = Part(
-    name="timestep coin",
+    name="per-sample coin",
     description="whether the coin of probabilistic sampling is flipped for each sample or for each batch",
     path="decouple.timestep_sampling",
     synonyms=(
         "per sample timesteps",
         "per batch timesteps",
+        "per sample own or full range",
         "per sample",
         "per batch",
         "per batch probabilistic sampling",
         "per batch probabilistic",
         "per sample probabilistic sampling",
         "per batch timestep sampling",
-        "coin flip",
+        "coin per sample",
     ),
     actions=("REPLACE",),
     replacements=(
@@ -294,9 +225,7 @@ PARTS = (
     GLOBAL,
     CONSISTENCY,
     TEACHER,
-    PROJECTION,
-    SPATIAL,
-    INIT,
+    *table_models.PARTS,
     ANTITHETIC,
     COIN,
     TECHNIQUES,  # after the parts whose settings it sets

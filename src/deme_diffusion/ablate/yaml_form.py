@@ -21,6 +21,12 @@ ENTRY = re.compile(r"( *)- ")
 Entries = list[tuple[int, Any]]
 
 
+class Lined(dict[str, Any]):
+    """A mapping that knows its line, counted from 1."""
+
+    line: int
+
+
 class BrokenError(ValueError):
     """A document, or a part of one, that is no YAML; `line` counts from 1."""
 
@@ -52,7 +58,7 @@ def _document(text: str, where: str, problems: list[Problem]) -> tuple[str, Entr
         return "", [(_line(node), value_of(node)) for node in root.value]
     if not isinstance(root, yaml.MappingNode):
         return "", []
-    discussion, entries = "", Entries()
+    discussion, entries, listed = "", Entries(), False
     for key, node in root.value:
         name = str(key.value).strip().lower() if isinstance(key, yaml.ScalarNode) else ""
         if name == "discussion":
@@ -61,12 +67,27 @@ def _document(text: str, where: str, problems: list[Problem]) -> tuple[str, Entr
             entries += [(_line(entry), value_of(entry)) for entry in node.value]
         elif name in LISTS and isinstance(node, yaml.MappingNode):  # name: its fields
             entries += [(_line(each), {"name": each.value, **_fields(entry)}) for each, entry in node.value]
+        elif _lists_ablations(name, node):
+            problems.append(Problem(_line(key), f"{name!r} is no field; did you mean 'ablations'?"))
+            listed = True
         elif name not in LISTS and not field_of(name):
             near = nearest(name, ("discussion", "ablations"))
             problems.append(Problem(_line(key), f"{name!r} is no key of a plan (discussion, ablations){near}"))
-    if not entries and any(isinstance(key.value, str) and field_of(key.value) for key, _ in root.value):
+    if not entries and not listed and any(isinstance(key.value, str) and field_of(key.value) for key, _ in root.value):
         entries = [(_line(root), value_of(root))]
     return discussion, entries
+
+
+def _lists_ablations(name: str, node: Any) -> bool:
+    """Whether a key that reads as the name of one ablation holds several, as `ablation: [...]`."""
+    if name in LISTS or field_of(name) != "name" or isinstance(node, yaml.ScalarNode):
+        return False
+    fields = [key.value for key, _ in node.value if isinstance(key.value, str)] if _is_mapping(node) else []
+    return not any(field_of(key) for key in fields)
+
+
+def _is_mapping(node: Any) -> bool:
+    return isinstance(node, yaml.MappingNode)
 
 
 def _fields(node: Any) -> dict[str, Any]:
@@ -100,12 +121,14 @@ def _check(text: str, where: str) -> None:
             raise BrokenError(line, "nested too deeply")
 
 
-def value_of(node: Any) -> Any:
-    """A node's plain value; dates and the like stay as they are written."""
+def value_of(node: Any, above: int = 0) -> Any:
+    """A node's plain value; dates and the like stay as they are written. `above`: lines before its document."""
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): value_of(value) for key, value in node.value}
+        found = Lined({str(key.value): value_of(value, above) for key, value in node.value})
+        found.line = above + _line(node)
+        return found
     if isinstance(node, yaml.SequenceNode):
-        return [value_of(entry) for entry in node.value]
+        return [value_of(entry, above) for entry in node.value]
     if node.tag.rsplit(":", 1)[-1] not in PLAIN:
         return node.value
     try:
@@ -115,6 +138,7 @@ def value_of(node: Any) -> Any:
 
 
 def _line(node: Any) -> int:
+    """Where a node begins, counted from 1."""
     return int(node.start_mark.line) + 1
 
 
@@ -138,7 +162,7 @@ def _piecewise(text: str, where: str, problems: list[Problem], error: BrokenErro
             problems.append(Problem(first + broken.line, str(broken)))
             continue
         if isinstance(root, yaml.SequenceNode):
-            entries += [(first + _line(entry), value_of(entry)) for entry in root.value]
+            entries += [(first + _line(entry), value_of(entry, first)) for entry in root.value]
     return discussion, entries
 
 

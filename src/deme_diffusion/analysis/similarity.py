@@ -21,6 +21,7 @@ from torch import nn
 
 from deme_diffusion.config import SimilaritySettings
 from deme_diffusion.data.splits import Split
+from deme_diffusion.decoupling.switches import checkpoint_gradients
 from deme_diffusion.division import from_runs, uniform
 from deme_diffusion.files import replacing
 from deme_diffusion.models.denoiser import Denoiser, Noised
@@ -32,6 +33,8 @@ Array = npt.NDArray[np.float64]
 PARTIAL = "sketches.npz"
 CHUNK = 1 << 20
 """Entries of a gradient that are sketched at once."""
+MOST_AT_ONCE = 16
+"""Samples in a forward pass, which is in float32 whatever a training computes in: more would be no faster."""
 SAVE_SECONDS = 60.0
 """Between two saves of the bins that are done, from which an interrupted stage goes on."""
 
@@ -43,15 +46,21 @@ def write_similarity(
     settings: SimilaritySettings,
     *,
     batch_size: int,
+    checkpointing: bool = False,
     partial: Path | None = None,
 ) -> dict[str, float]:
     """Leave a .npz: `cosine` (K, K), `edges` (K + 1,) of the bins, `norms` (K,) of the gradients, `sketch`, `error`.
 
-    Goes on from what is in the folder `partial`. Returns: the share of pairs that conflict (cosine below 0), the mean
-    cosine of pairs and of neighbours, and the error, which is 0 where the sketch is as large as the model.
+    Goes on from what is in the folder `partial`. A batch of at most `MOST_AT_ONCE`, and activations that are computed
+    anew (`checkpointing`), save memory and change results by rounding alone. Returns: the share of pairs that conflict
+    (cosine below 0), the mean cosine of pairs and of neighbours, and the error, which is 0 where the sketch is as large
+    as the model.
     """
     bins = uniform(settings.bins, denoiser.num_train_timesteps, key="similarity.bins")
     module = denoiser.student().eval()
+    if checkpointing:
+        checkpoint_gradients(module)
+    batch_size = min(batch_size, MOST_AT_ONCE)
     parameters = denoiser.trainable(module)
     count = sum(p.numel() for p in parameters)
     size = min(settings.sketch, count)

@@ -49,6 +49,7 @@ def plan(
     Offline it ranks what the parts table allows and no ablation on disk has done, by measured effect, novelty and
     training steps, and says its reasons. With --model a language model proposes, and each entry is checked.
     """
+    from deme_diffusion.artefacts import PLANS
     from deme_diffusion.planner.offline import propose
     from deme_diffusion.recipes import load
 
@@ -58,7 +59,8 @@ def plan(
     folder = _runs(runs)
     _check_free({"--out": out, "--html": html})
     if model is not None:
-        at = out or _free(folder / "plans", f"{wanted.name}-{model}")
+        at = out or _free(folder / PLANS, f"{wanted.name}-{model}")
+        _check_record_free(at)
         made = _asked(model, asking, wanted, folder, at, count)
         _write(made, wanted, at, html, printed=out is None)
         return
@@ -116,11 +118,20 @@ def _check_free(files: Mapping[str, Path | None]) -> None:
             raise UserError(f"{option} {path}: exists already; give a name that is free")
 
 
+def _check_record_free(plan: Path) -> None:
+    """An answer that left no plan was paid for as well."""
+    from deme_diffusion.planner.dialogue import record_paths
+
+    path = next((path for path in record_paths(plan) if path.exists()), None)
+    if path:
+        raise UserError(f"--out {plan}: {path.name} of an earlier call lies beside it; give a name that is free")
+
+
 def _free(folder: Path, name: str) -> Path:
     """A free name for a plan, made of the letters that every disk takes."""
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip(".-")[:100]
     names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, 10**6))
-    taken = (".md", ".request.json")
+    taken = (".md", ".request.json", ".answer.json")
     return next(folder / f"{one}.md" for one in names if not any((folder / f"{one}{end}").exists() for end in taken))
 
 

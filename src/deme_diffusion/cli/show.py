@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from deme_diffusion.processes import is_main
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
     from deme_diffusion.pipeline.node import Node
     from deme_diffusion.pipeline.run import Run
@@ -53,7 +52,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
 
 
-def tables(printed: Sequence[Table]) -> None:
+def tables(printed: Sequence[RenderableType]) -> None:
     """Print tables, by the main process."""
     for table in printed if is_main() else ():
         console().print(table)

@@ -38,13 +38,22 @@ def recipes(
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
-    """Write the table and page of a finished run again."""
+    """Write the table and page of a finished run again, or, of RUN/ablations/PLAN, those of an experiment."""
+    from deme_diffusion.pipeline.run import ABLATIONS, RECORD, is_experiment
+
+    if (run_folder / RECORD).is_file() or is_experiment(run_folder):
+        from deme_diffusion.cli.ablate import say_again
+
+        say_again(run_folder, as_json)
+        return
     run = opened(str(run_folder), None, None, dry_run=True)
     unfinished = [node.label for node in run.graph.nodes if run.store.status(node.key) != "done"]
     if unfinished:
-        raise UserError(
-            f"{run_folder}: {len(unfinished)} stages are not done ({unfinished[0]}, ...); first: deme run {run_folder}"
-        )
+        count, first = len(unfinished), unfinished[0]
+        said = f"{count} stages are not done ({first}, ...)" if count > 1 else f"a stage is not done ({first})"
+        found = [str(file.parent) for file in sorted(run_folder.glob(f"{ABLATIONS}/*/{RECORD}"))]
+        more = f"; of its ablations: deme report {found[0]}" if found else ""
+        raise UserError(f"{run_folder}: {said}; first: deme run {run_folder}{more}")
     run.stages = run.recorded()
     show.table(run, as_json)
 

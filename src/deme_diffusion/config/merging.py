@@ -124,6 +124,8 @@ class MergeSettings(Settings):
         if self.weighting == "snr" and (self.weights is not None or self.search != "none"):
             other = "with weights given" if self.weights is not None else f"with search={self.search}"
             raise ValueError(f"weighting=snr {other}: it needs search=none and no weights")
+        if self.weighting == "snr" and self.method == "none":
+            raise ValueError("weighting=snr: method=none merges nothing; use weighting=uniform")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -55,6 +56,22 @@ class TrainSettings(Settings):
     @classmethod
     def _unquoted_no(cls, value: object) -> object:
         return "no" if value is False else value  # what YAML makes of an unquoted `no`
+
+    def effective(self) -> dict[str, Any]:
+        """`changed`, without what plays no part beside the other settings: what the digest of a training covers.
+
+        Only what changes no bit of a result is left out. Two ways to say Min-SNR with gamma 5 (snr_gamma=5, and
+        loss_weighting=min_snr) keep digests of their own: results of both were made before anybody asked.
+        """
+        idle = set(self._idle())
+        return {name: value for name, value in self.changed().items() if name not in idle}
+
+    def _idle(self) -> Iterator[str]:
+        """Settings that another one has put out of play."""
+        if self.loss_weighting != "p2":
+            yield from ("p2_gamma", "p2_k")
+        if not self.use_ema:
+            yield from ("ema_inv_gamma", "ema_power", "ema_max_decay")
 
 
 class PretrainSettings(TrainSettings):
@@ -169,6 +186,28 @@ class DecoupleSettings(TrainSettings):
         if self.teacher == "ema" and not self.use_ema:
             raise ValueError("teacher=ema needs use_ema=true")
         return self
+
+    def effective(self) -> dict[str, Any]:
+        """As for any training; a start that is partly random by a share of 0 or 1 is the one that it comes to."""
+        whole: dict[float, str] = {0.0: "pretrained", 1.0: "random"}
+        if self.init != "partly_random" or self.init_random_share not in whole:
+            return super().effective()
+        return self.model_copy(update={"init": whole[self.init_random_share]}).effective()
+
+    def _idle(self) -> Iterator[str]:
+        yield from super()._idle()
+        if self.init != "partly_random":
+            yield "init_random_share"
+        if self.multi_task == "none":
+            yield from ("multi_task_clusters", "multi_task_division")
+        if self.multi_task != "nash":  # by uncertainty it only says how often weights are logged
+            yield "multi_task_update_steps"
+        if not self.consistency_weight:
+            yield from ("teacher", "teacher_dtype")
+        if self.teacher != "ema" or not self.consistency_weight:
+            yield "teacher_update_steps"
+        if self.global_prob in (0.0, 1.0):  # whoever tosses the coin, it falls on one side
+            yield "timestep_sampling"
 
     def steps_of(self, index: int) -> int:
         """Steps of one expert; the even split gives the first ones the remainder, so that the budget is exact."""

@@ -92,9 +92,9 @@ def layers_of(module: nn.Module) -> dict[str, Mapping[str, nn.Parameter]]:
 
 
 def fresh_like(module: nn.Module, seed: int) -> nn.Module:
-    """A newly initialised module of the same class and config, on the CPU; the global generator is left as it was."""
+    """A newly initialised module of the same class and config, on the CPU; global generators are left as they were."""
     kind: Any = type(module)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "initial weights"))
+        torch.default_generator.manual_seed(seed_of(seed, "initial weights"))  # `torch.manual_seed` is a GPU's too
         fresh: nn.Module = kind.from_config(module.config)
     return fresh

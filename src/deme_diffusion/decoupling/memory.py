@@ -44,7 +44,7 @@ def estimate(
     return {
         "base": 0 if _makes_way(job, device) else _resident(denoiser, device),
         "weights": weights,
-        "gradients": weights * (1 + _more_gradients(job, processes)),
+        "gradients": weights * (1 + _more_gradients(job, processes)) + _compared(job, student),
         "optimizer": 2 * (count if settings.use_8bit_adam else weights),
         "ema": averages * weights,
         "teacher": _teacher(denoiser, job, count),
@@ -111,6 +111,12 @@ def _teacher(denoiser: Denoiser, job: Job, count: int) -> int:
 def _more_gradients(job: Job, processes: int) -> int:
     """Beside one: the buckets in which they go round, and those of all clusters together."""
     return (processes > 1) + (job.multi_task_clusters if job.multi_task == "nash" else 0)
+
+
+def _compared(job: Job, student: nn.Module) -> int:
+    """NashMTL's inner products: the clusters' gradients of one tensor, twice in float64 (`bargaining.gram`)."""
+    largest = max(p.numel() for p in student.parameters())
+    return 16 * job.multi_task_clusters * largest if job.multi_task == "nash" else 0
 
 
 def _advice(job: Job, runtime: RuntimeSettings, device: torch.device) -> str:

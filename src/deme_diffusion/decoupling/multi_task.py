@@ -19,6 +19,7 @@ from deme_diffusion.division import Division, Runs, from_runs, name_of, owners, 
 from deme_diffusion.divisions import log_snr
 from deme_diffusion.errors import UserError
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.schedule import signal_to_noise
 from deme_diffusion.weights import State
 
 OWN_RATE = 0.025
@@ -192,7 +193,7 @@ def _division(denoiser: Denoiser, job: Job) -> Division:
     if job.multi_task_division == "uniform":
         return uniform(clusters, timesteps)
     try:
-        return log_snr(clusters, denoiser.snr().numpy())
+        return log_snr(clusters, signal_to_noise(denoiser.scheduler.config))
     except UserError:
         raise UserError(
             f"decouple.multi_task_clusters: {clusters} clusters of equal length in log SNR leave one without any of "

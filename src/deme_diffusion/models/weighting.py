@@ -12,6 +12,7 @@ import torch
 from deme_diffusion.config import TrainSettings
 from deme_diffusion.errors import UserError
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.schedule import no_finite_weight
 
 MIN_SNR_GAMMA = 5.0
 """Where `snr_gamma` is not said (Hang et al. 2023)."""
@@ -65,10 +66,7 @@ def timestep_weights(settings: TrainSettings, denoiser: Denoiser) -> torch.Tenso
         weights = p2_weights(snr, settings.p2_gamma, settings.p2_k, predicts)
     else:
         return None
-    if not bool((finite := weights.isfinite()).all()):
+    if not bool((finite := weights.float().isfinite()).all()):  # a training has them in float32
         t = int((~finite).nonzero()[0])
-        raise UserError(
-            f"loss_weighting={weighting} has no finite weight at t={t}, where the SNR is {float(snr[t]):g} and the "
-            f"model predicts {predicts}; use loss_weighting=min_snr, which has one"
-        )
+        raise UserError(no_finite_weight(f"loss_weighting={weighting}", t, float(snr[t]), predicts))
     return weights

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from deme_diffusion.artefacts import Store
-from deme_diffusion.config import Recipe
+from deme_diffusion.config import Recipe, TrainSettings
 from deme_diffusion.division import Division, uniform
 from deme_diffusion.divisions import DIVISIONS, Facts, Similarity
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import part_of
 from deme_diffusion.pipeline.inputs import SCHEDULER, Input, timesteps_of
 from deme_diffusion.pipeline.node import SIMILARITY, Node
-from deme_diffusion.schedule import signal_to_noise
+from deme_diffusion.schedule import UNBOUNDED, check_weighting, signal_to_noise
 from deme_diffusion.similarity_file import read_similarity
 from deme_diffusion.weight_files import read_json
 
@@ -70,9 +72,41 @@ def timesteps_in(recipe: Recipe, base: Node | Input) -> int:
 
 def snr_of(recipe: Recipe, base: Node | Input) -> npt.NDArray[np.float64]:
     """(T,) SNR of the base's schedule; of a hub model that a dry run has not downloaded, diffusers' default one's."""
+    config, where = schedule_of(recipe, base)
+    return signal_to_noise(config, where=where)
+
+
+def schedule_of(recipe: Recipe, base: Node | Input) -> tuple[Mapping[str, Any], str]:
+    """The scheduler's configuration of a base, and where it stands."""
     if isinstance(base, Node):
-        return signal_to_noise(recipe.pretrain.scheduler.model_dump())
-    return signal_to_noise({} if base.path is None else read_json(part_of(base.path, "scheduler") / SCHEDULER))
+        return recipe.pretrain.scheduler.model_dump(), "pretrain.scheduler"
+    if base.path is None:
+        return {}, "scheduler"
+    file = part_of(base.path, "scheduler") / SCHEDULER
+    return read_json(file), str(file)
+
+
+def check_weightings(recipe: Recipe, base: Node | Input) -> None:
+    """Raises UserError for a loss weighting that has no finite weight in the base's schedule."""
+    trained: dict[str, TrainSettings] = {"decouple": recipe.decouple}
+    trained |= {"pretrain": recipe.pretrain} if isinstance(base, Node) else {}
+    for name, settings in trained.items():
+        if settings.loss_weighting in UNBOUNDED:
+            predicts = str(schedule_of(recipe, base)[0].get("prediction_type", "epsilon"))
+            check_weighting(settings.loss_weighting, snr_of(recipe, base), predicts, key=f"{name}.loss_weighting")
+
+
+def remarks(recipe: Recipe, division: Division) -> list[str]:
+    """What a reader should know of a division that is as the settings say, and perhaps not as they were meant."""
+    settings, sizes = recipe.decouple, division.member.sum(axis=1)
+    said = []
+    if sizes.min() == 1 < sizes.max():
+        alone = ", ".join(map(str, np.flatnonzero(sizes == 1)))
+        said.append(f"division={settings.division}: of expert {alone}, the subset is one timestep")
+    asked = settings.division == "overlapping" and settings.overlap > 0 and division.num_experts > 1
+    if asked and (division.member.sum(axis=0) == 1).all():
+        said.append(f"decouple.overlap={settings.overlap:g} of {sizes.min()} timesteps is none: nothing overlaps")
+    return said
 
 
 def inner_edges(division: Division) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deme_diffusion import processes
@@ -23,17 +22,16 @@ from deme_diffusion.errors import Interrupted, MachineError, UserError
 from deme_diffusion.merging.search import noise_warning
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
-from deme_diffusion.pipeline.workers import Opened, Pool, checked, threads_of
+from deme_diffusion.pipeline.tasks import Queue, Task, Wanted, once, wanted_by
+from deme_diffusion.pipeline.workers import DIED, Opened, Pool, checked, threads_of
 
 if TYPE_CHECKING:
     from deme_diffusion.pipeline.together import Channel
 
 log = logging.getLogger(__name__)
 Finished = Callable[[Node, Artefact, bool], None]
-Wanted = Sequence[tuple[Graph, Sequence[Node]]]
 TRAININGS = ("pretrain", "extractor", "decouple")
 """Stages before the first of which `preflight` looks for what would stop the run later."""
-DIED = "a process of ours died (out of memory?); lower runtime.jobs or batch sizes, and run again to go on"
 
 
 def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished) -> None:
@@ -55,41 +53,6 @@ def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: F
         engine.run([(graph, nodes)])
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A stage with the graph that makes it."""
-
-    graph: Graph
-    node: Node
-
-
-@dataclass
-class _Queue:
-    """What is left to make, what is being made, and what was when a process died."""
-
-    missing: dict[str, _Task]
-    running: dict[Future[None], _Task] = field(default_factory=dict)
-    suspects: set[str] = field(default_factory=set)
-
-    def ready(self, jobs: int) -> list[_Task]:
-        """What can start now in so many processes; a suspect does so alone, to learn which of them was the cause."""
-        unfinished = {*self.missing, *(task.node.digest for task in self.running.values())}
-        if self.suspects & {task.node.digest for task in self.running.values()}:
-            return []
-        found = [t for t in self.missing.values() if not any(p.digest in unfinished for p in t.node.parents.values())]
-        found.sort(key=lambda task: -task.node.steps)
-        calm = [task for task in found if task.node.digest not in self.suspects]
-        return calm[: jobs - len(self.running)] if calm or self.running else found[:1]
-
-    def put_back(self) -> bool:
-        """After a process died: whether what was running did so alone, and so was the cause."""
-        back = {task.node.digest: task for task in self.running.values()}
-        self.missing |= back
-        self.suspects |= set(back)
-        self.running.clear()
-        return len(back) == 1
-
-
 class Engine:
     """Makes the stages of graphs in one store, by the settings of one runtime; a context, which its processes end with.
 
@@ -103,6 +66,8 @@ class Engine:
         self.several, self.essential = False, set[str]()
         self.failures: dict[str, Exception] = {}
         self.refused: dict[Graph, Exception] = {}
+        self.wanted: dict[str, set[Graph]] = {}
+        self.lost: set[Graph] = set()
         self.told: set[str] = set()
         self.opened: Opened | None = None
         self.pool = Pool(store, runtime)
@@ -118,10 +83,13 @@ class Engine:
         if any(graph.recipe.runtime.deterministic for graph, _ in wanted):  # before CUDA starts, here or in a worker
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.several, self.essential = len(wanted) > 1, {node.digest for node in wanted[0][1]}
+        self.wanted, self.lost = wanted_by(wanted), set[Graph]()
+        for digest in {node.digest for _, nodes in wanted for node in nodes}:
+            self.failures.pop(digest, None)  # what failed in an earlier run() is tried again
         waiting = self._waiting(wanted)
-        self._make([task for task in _once(waiting) if task.node.stage == "data"])
+        self._make([task for task in once(waiting) if task.node.stage == "data"])
         waiting = self._looked_ahead(waiting)
-        tasks = [task for task in _once(waiting) if task.node.stage != "data"]
+        tasks = [task for task in once(waiting) if task.node.stage != "data"]
         self._make([task for task in tasks if not task.node.exclusive])
         alone = [task for task in tasks if task.node.exclusive]
         if alone:  # nothing is beside them
@@ -131,6 +99,11 @@ class Engine:
     def error_of(self, graph: Graph, nodes: Sequence[Node]) -> Exception | None:
         """Why some stages of a graph could not be made, None where they could."""
         return self.refused.get(graph) or next((e for n in nodes if (e := self.failures.get(n.digest))), None)
+
+    def _begun(self, graph: Graph, node: Node) -> None:
+        """A line for each stage of a run; of an experiment, which has hundreds, for each training."""
+        level = logging.INFO if node.steps or not self.several else logging.DEBUG
+        log.log(level, "%s", self._said(graph, node))
 
     def _said(self, graph: Graph, node: Node) -> str:
         return f"{graph.recipe.name}: {node.label}" if self.several else node.label
@@ -172,6 +145,7 @@ class Engine:
         for (graph, _), error in zip(checks, errors, strict=True):
             if error is not None:
                 self.refused[graph] = self._noted(error, graph.recipe.name, fatal=graph is waiting[0][0])
+                self.lost.add(graph)
         return [(graph, nodes) for graph, nodes in waiting if graph not in self.refused]
 
     def _depends_on_failed(self, nodes: Sequence[Node]) -> bool:
@@ -186,22 +160,22 @@ class Engine:
 
     # -- making ------------------------------------------------------------------------------------
 
-    def _make(self, tasks: Sequence[_Task]) -> None:
+    def _make(self, tasks: Sequence[Task]) -> None:
         if self._jobs([task.node for task in tasks]) > 1:
             self._make_in_processes(tasks)
         else:
             self._make_here(tasks)
 
-    def _make_here(self, tasks: Sequence[_Task]) -> None:
+    def _make_here(self, tasks: Sequence[Task]) -> None:
         if not tasks:
             return
         import torch
 
         for node, stages in ((task.node, self._open().of(task.graph)) for task in tasks):
-            if self._left(node):
+            if self._left(node) or self._unneeded(node):
                 continue
             torch.set_num_threads(threads_of(stages.recipe.runtime, alone=node.exclusive))
-            log.info("%s", self._said(stages.graph, node))
+            self._begun(stages.graph, node)
             make = stages.make(node) if self.channel is None else self.channel.shared(node, stages.make(node))
             try:
                 artefact = self.store.produce(node.key, make)
@@ -210,22 +184,22 @@ class Engine:
             else:
                 self._tell(node, artefact, False)
 
-    def _make_in_processes(self, tasks: Sequence[_Task]) -> None:
+    def _make_in_processes(self, tasks: Sequence[Task]) -> None:
         """Whatever is ready goes to a free process, the longest training first."""
-        queue = _Queue({task.node.digest: task for task in tasks})
+        queue = Queue({task.node.digest: task for task in tasks})
         with self._stopping(queue.running):
             while queue.missing or queue.running:
-                for task in [task for task in queue.missing.values() if self._left(task.node)]:
+                for task in [t for t in queue.missing.values() if self._left(t.node) or self._unneeded(t.node)]:
                     del queue.missing[task.node.digest]
                 for task in queue.ready(self.runtime.jobs):
-                    log.info("%s", self._said(task.graph, task.node))
+                    self._begun(task.graph, task.node)
                     queue.running[self.pool.make(task.graph, task.node)] = task
                     del queue.missing[task.node.digest]
                 for future in wait(queue.running, return_when=FIRST_COMPLETED).done:
                     if future in queue.running:
                         self._ended(future, queue)
 
-    def _ended(self, future: Future[None], queue: _Queue) -> None:
+    def _ended(self, future: Future[None], queue: Queue) -> None:
         graph, node = queue.running[future].graph, queue.running[future].node
         try:
             future.result()
@@ -250,6 +224,7 @@ class Engine:
     def _failed(self, graph: Graph, node: Node, error: Exception) -> None:
         fatal = not self.several or node.digest in self.essential
         self.failures[node.digest] = self._noted(error, self._said(graph, node), fatal=fatal)
+        self.lost |= self.wanted.get(node.digest, set())
 
     def _noted(self, error: Exception, label: str, *, fatal: bool) -> Exception:
         """The error, logged; raised where it ends everything."""
@@ -264,11 +239,17 @@ class Engine:
         errors = (self.failures.get(parent.digest) for parent in node.parents.values())
         error = next((error for error in errors if error), None)
         if error is not None:
+            if node.digest in self.essential:
+                raise error
             self.failures[node.digest] = error
         return error is not None
 
+    def _unneeded(self, node: Node) -> bool:
+        """Whether nothing needs a stage any more: every graph that wants it has another that failed."""
+        return self.wanted[node.digest] <= self.lost
+
     @contextmanager
-    def _stopping(self, running: dict[Future[None], _Task]) -> Iterator[None]:
+    def _stopping(self, running: dict[Future[None], Task]) -> Iterator[None]:
         """Whatever ends the block ends what the processes are at, with checkpoints."""
         try:
             yield
@@ -279,15 +260,6 @@ class Engine:
             if isinstance(error, BrokenProcessPool):
                 raise MachineError(DIED) from None
             raise
-
-
-def _once(waiting: Wanted) -> list[_Task]:
-    """Every stage once, parents first: equal keys are one stage, whichever graph names it."""
-    tasks: dict[str, _Task] = {}
-    for graph, nodes in waiting:
-        for node in nodes:
-            tasks.setdefault(node.digest, _Task(graph, node))
-    return list(tasks.values())
 
 
 def _warn_of_noise(graph: Graph | None, waiting: Sequence[Node]) -> None:

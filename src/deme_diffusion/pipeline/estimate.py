@@ -50,6 +50,7 @@ def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
         "downloads": downloads,
         "stages": stages,
         "provisional": graph.waits(nodes),
+        "remarks": graph.remarks,
         "steps": sum(node.steps for node in missing),
         **_estimates(graph, missing, needs.model_cost(graph)),
     }
@@ -106,7 +107,8 @@ def _rate(recipe: Recipe, node: Node) -> float:
 
 def described(planned: dict[str, Any]) -> list[str]:
     """The plan's downloads and needs, a line each."""
-    return [*([WAITS] if planned["provisional"] else []), *_downloads_said(planned["downloads"]), *_needs_said(planned)]
+    waits = [WAITS] if planned["provisional"] else []
+    return [*waits, *planned["remarks"], *_downloads_said(planned["downloads"]), *_needs_said(planned)]
 
 
 def _downloads_said(downloads: list[dict[str, Any]]) -> list[str]:
@@ -145,5 +147,6 @@ def _size(number: float) -> str:
 
 
 def time_said(seconds: float) -> str:
-    """Minutes, or hours of what takes longer."""
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.0f} hours"
+    """Minutes, or hours of what takes longer, in two digits: it is no more exact than that."""
+    unit, value = ("min", seconds / 60) if seconds < 2 * 3600 else ("hours", seconds / 3600)
+    return f"{float(f'{value:.2g}'):,.0f} {unit}"

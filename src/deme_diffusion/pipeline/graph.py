@@ -11,7 +11,7 @@ from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import Runs, uniform, whole
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.pipeline import extractors, images, merges
-from deme_diffusion.pipeline.dividing import inner_edges
+from deme_diffusion.pipeline.dividing import check_weightings, inner_edges
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.models import Models, served_ranges
 from deme_diffusion.pipeline.node import Node, Served
@@ -43,6 +43,7 @@ class Graph(Models):
         samplers = {f"evaluate.samplers.{i}": sampler for i, sampler in enumerate(recipe.evaluate.samplers)}
         for key, sampler in {**samplers, "merge.sampler": recipe.merge.sampler}.items():
             check_sampler(sampler, self.division.num_timesteps, key=key)
+        check_weightings(recipe, self.base)
         self.experts: dict[int, list[Node]] = {}
         self.searches: dict[int, Node] = {}
         self.merged: dict[int, Node] = {}

@@ -11,7 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from deme_diffusion.config import DataSettings
-from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.errors import NotFetched, UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
 from deme_diffusion.weight_files import AVERAGED, NO_BASE, PROJECTIONS, read_json
 
@@ -91,7 +91,7 @@ def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except Exception as error:  # the hub's client raises a dozen kinds, of which none is ours to mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {name} could not be fetched from the hub ({reason}); give a local folder") from None
+        raise NotFetched(f"{key}: {name} could not be fetched from the hub ({reason}); give a local folder") from None
     commit = path.name
     return Input(f"{name}@{commit[:8]}", canonical_digest({"hub": name, "commit": commit})[:16], path, commit)
 

@@ -34,6 +34,8 @@ class Models(Vertices):
     """The comparison of gradients that the division is made by, of which it is a function once that is done."""
     provisional: bool
     """The division waits for the similarity: subsets are placeholders, and what is made by them has keys of its own."""
+    remarks: list[str]
+    """What a reader should know of the division."""
     experts: dict[int, list[Node]]
     searches: dict[int, Node]
 
@@ -61,7 +63,7 @@ class Models(Vertices):
                     check_average(base.path)
             check_unseen(base, self.recipe.data, self.images, key=key)
             return base
-        covered = settings.changed() | _validated(self.recipe, settings)
+        covered = settings.effective() | _validated(self.recipe, settings)
         parents = {"data": self.data}
         return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
 
@@ -75,7 +77,7 @@ class Models(Vertices):
     def _decouple(self, label: str, subset: Runs, steps: int, learning_rate: float, seed: int, copy: int = 0) -> Node:
         """A training by what shapes it: its subset, steps and rate; not its index nor the division's name."""
         settings = self.recipe.decouple
-        covered = {k: v for k, v in settings.changed().items() if k not in SPLITTING}
+        covered = {k: v for k, v in settings.effective().items() if k not in SPLITTING}
         covered |= {"subset": subset, "steps": steps, "learning_rate": learning_rate}
         covered |= {} if subset == whole(self.division.num_timesteps) else self._waiting()
         covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
@@ -139,6 +141,7 @@ class Models(Vertices):
         found = dividing.compared_in(store, self.similarity)
         self.provisional = self.similarity is not None and found is None
         self.division = dividing.division_of(self.recipe, self.base, found)
+        self.remarks = dividing.remarks(self.recipe, self.division)
 
     def _waiting(self) -> dict[str, Any]:
         """What sets keys apart that hold a placeholder."""

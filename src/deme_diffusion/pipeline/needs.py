@@ -23,6 +23,8 @@ from deme_diffusion.weight_files import read_json
 KNOWN = Path(__file__).parent / "known.yaml"
 DIGITS = 1797
 PICKLED = f"its weights are a pickle, which is never loaded; {CONVERT}"
+COMPARED = 16
+"""Samples at most in a batch of the stage similarity (`analysis.similarity.MOST_AT_ONCE`, which needs torch)."""
 SMALL = 100_000
 """Bytes of a stage that leaves numbers only."""
 
@@ -219,7 +221,8 @@ def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
         if node.stage in ("decouple", "pretrain"):
             most["training"] = max(most["training"], _training_memory(recipe, node, cost))
         elif node.stage == "similarity":  # the base, a copy, the gradients of a batch and of a bin
-            needed = 4 * FLOAT * cost.parameters + cost.kept * recipe.decouple.train_batch_size
+            activations = cost.checkpointed if recipe.runtime.gradient_checkpointing else cost.kept
+            needed = 4 * FLOAT * cost.parameters + activations * min(recipe.decouple.train_batch_size, COMPARED)
             most["training"] = max(most["training"], needed)
         elif node.stage in ("sample", "search"):
             served = node.arguments.get("served")
@@ -236,7 +239,9 @@ def _training_memory(recipe: Recipe, node: Node, cost: Cost) -> int:
     held = FLOAT if recipe.decouple.teacher_dtype == "float32" or recipe.decouple.teacher == "ema" else 2
     teacher = held if has_teacher(recipe, node) else 0
     activations = cost.checkpointed if runtime.gradient_checkpointing else cost.kept
-    per_parameter = 2 * FLOAT + moments + averaged + teacher
+    nash = node.stage == "decouple" and recipe.decouple.multi_task == "nash"
+    clusters = FLOAT * recipe.decouple.multi_task_clusters if nash else 0  # a gradient each
+    per_parameter = 2 * FLOAT + moments + averaged + teacher + clusters
     return per_parameter * cost.parameters + activations * settings.train_batch_size
 
 

@@ -21,6 +21,7 @@ from deme_diffusion.pipeline.node import MERGE, Node
 from deme_diffusion.processes import is_main
 from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
+from deme_diffusion.report.ablation_record import check_record
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.report.page import write_page
@@ -33,6 +34,8 @@ RUNS, RUN, STORE = Path("runs"), "run.json", "store"
 ABLATIONS, RECORD = "ablations", "ablation.json"
 """Where a run folder holds its experiments, and what each of them found."""
 GRID_IMAGES = 64
+ASKED_FOR = ("similarity", "fisher")
+"""Stages that sub-commands make, whether or not the recipe needs them."""
 Targets = Sequence[Node] | Callable[[Graph], Sequence[Node]]
 
 
@@ -60,6 +63,8 @@ class Run:
             self._divide()
             wanted = self._wanted(targets)
             self._note()
+        for said in self.graph.remarks if is_main() else ():
+            log.warning("%s", said)
         run_stages(self.graph, self.store, self.graph.needed(wanted), finished=self.finished)
         if is_main():
             self.link()
@@ -112,12 +117,19 @@ class Run:
     def _note(self) -> None:
         # Every stage is named before it exists, so that a clean-up beside a run takes nothing away from it.
         known = [{"stage": node.stage, "digest": node.digest, "label": node.label} for node in self.graph.nodes]
+        here = {node.digest for node in self.graph.nodes}  # and what was once made beside the graph, since asked for
+        known += [e for e in self.stages.values() if e.get("stage") in ASKED_FOR and e.get("digest") not in here]
         stages = [{**self.stages.get(entry["digest"], {}), **entry} for entry in known]
         write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
 
     def finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
         """Note a stage that is done in `run.json`."""
-        log.log(logging.DEBUG if reused else logging.INFO, "%s: %s", node.label, _how(artefact, reused))
+        how = "done already" if reused else f"done in {artefact.seconds:.1f} s"
+        log.log(logging.DEBUG if reused else logging.INFO, "%s: %s", node.label, how)
+        self.note(node, artefact, reused)
+
+    def note(self, node: Node, artefact: Artefact, reused: bool) -> None:
+        """The same without a word."""
         self.stages[node.digest] = {"seconds": round(artefact.seconds, 2), "reused": reused, "steps": node.steps}
         self._note()
 
@@ -180,12 +192,24 @@ class Run:
             "grids": self._grids(seed),
             "base_model": self.graph.base.label,
             "merged_path": str(self.merged),
-            "ablations": [read_json(file) for file in sorted(self.folder.glob(f"{ABLATIONS}/*/{RECORD}"))],
+            "ablations": self._experiments(),
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
             content["lost_gains"] = found.lost_gains(self.graph, self.store, rows)
         return content
+
+    def _experiments(self) -> list[dict[str, Any]]:
+        """What the experiments in this folder found; a record that cannot be shown is told and left out."""
+        found = []
+        for file in sorted(self.folder.glob(f"{ABLATIONS}/*/{RECORD}")):
+            try:
+                check_record(content := read_json(file))
+            except UserError as error:
+                log.warning("not shown: %s", error if str(file) in str(error) else f"{file}: {error}")
+            else:
+                found.append(content)
+        return found
 
     def _weights(self, seed: int) -> dict[str, Any]:
         experts = self.recipe.decouple.num_ranges
@@ -247,8 +271,9 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = 
     return ""
 
 
-def _how(artefact: Artefact, reused: bool) -> str:
-    return "done already" if reused else f"done in {artefact.seconds:.1f} s"
+def is_experiment(folder: Path) -> bool:
+    """Whether a folder is one that `deme ablate` made for a plan."""
+    return folder.resolve().parent.name == ABLATIONS and (folder / "arms").is_dir()
 
 
 def _first_command(folder: Path | None) -> str:
@@ -267,6 +292,9 @@ def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", down
         folder = RUNS / f"{recipe.name}{suffix}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file, where a run needs a folder")
+    if is_experiment(folder):  # a run there would write over what names the arms' stages
+        said = f"its baseline is the run {folder.resolve().parent.parent}; its tables again: deme report {folder}"
+        raise UserError(f"{folder}: an experiment, no run; {said}")
     store = Store(folder.parent / STORE)
     graph = Graph(recipe, download=download, store=store)
     return Run(recipe, folder, store, graph, _first_command(loaded.folder) or command)

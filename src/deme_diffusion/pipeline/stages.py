@@ -94,9 +94,14 @@ class Stages(Searching):
 
     def _similarity(self, node: Node, folder: Path) -> Mapping[str, Any]:
         settings, batch_size = self.recipe.similarity, self.recipe.decouple.train_batch_size
-        train, partial = self.splits["train"], folder / WORK
         return write_similarity(
-            folder / SIMILARITY, self.denoiser, train, settings, batch_size=batch_size, partial=partial
+            folder / SIMILARITY,
+            self.denoiser,
+            self.splits["train"],
+            settings,
+            batch_size=batch_size,
+            checkpointing=self.recipe.runtime.gradient_checkpointing,
+            partial=folder / WORK,
         )
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:

@@ -7,23 +7,32 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_diffusion import processes
 from deme_diffusion.artefacts import Store
 from deme_diffusion.config import Recipe, RuntimeSettings
+from deme_diffusion.errors import MachineError
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from deme_diffusion.pipeline.stages import Stages
 
 OPEN = 4
 """Most graphs that a process keeps open; what equal inputs give is opened once whichever they are."""
+GRACE = 60.0
+"""Seconds in which a stage that is stopped may write its checkpoint, once another process died."""
+DIED = "a process of ours died (out of memory?); lower runtime.jobs or batch sizes, and run again to go on"
 
 
 class Opened:
@@ -75,29 +84,71 @@ class Pool:
         self.store, self.runtime = store, runtime
         self.executor: ProcessPoolExecutor | None = None
         self.environment = _Environment(runtime)
+        self.busy = multiprocessing.get_context("spawn").RawArray("i", runtime.jobs)  # ids of processes making a stage
         self.recipes: dict[Graph, str] = {}
 
     def make(self, graph: Graph, node: Node) -> Future[None]:
-        """Make a stage in one of the processes."""
-        return self._started().submit(_run_one, self._recipe(graph), node.digest)
+        """Make a stage in one of the processes; where one of them died meanwhile, that is what the stage ends with."""
+        try:
+            return self._started().submit(_run_one, self._recipe(graph), node.digest)
+        except BrokenProcessPool as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
 
     def check(self, graphs: Iterable[tuple[Graph, Sequence[Node]]]) -> list[Exception | None]:
-        """The look ahead (`preflight`) for some graphs: what is wrong with each, None where nothing is."""
+        """The look ahead (`preflight`) for some graphs: what is wrong with each, None where nothing is.
+
+        Where a process dies of it each is looked at alone: the graph whose process dies again is at fault.
+        """
         asked = [(self._recipe(graph), [node.digest for node in nodes]) for graph, nodes in graphs]
-        return self._started().submit(_check, asked).result()
+        try:
+            return self._started().submit(_check, asked).result()
+        except BrokenProcessPool:
+            return [self._checked_alone(one) for one in asked]
+
+    def _checked_alone(self, asked: tuple[str, Sequence[str]]) -> Exception | None:
+        if self._broken():
+            self.close()
+        try:
+            return self._started().submit(_check, [asked]).result()[0]
+        except BrokenProcessPool:
+            return MachineError(DIED)
 
     def close(self) -> None:
-        """End the processes once they are done; the next stage would start new ones."""
+        """End the processes once they are done, or once one died; the next stage would start new ones."""
         if self.executor is not None:
-            self.executor.shutdown()
+            workers = self._workers()
+            closing = threading.Thread(target=self.executor.shutdown)
+            closing.start()
+            while closing.is_alive():
+                closing.join(0.1)
+                self._kill_broken(workers)
+            self._kill_broken(workers)
             self.environment.restore()
         self.executor = None
+
+    def _kill_broken(self, workers: Sequence[BaseProcess]) -> None:
+        """End what the death of a process leaves, which no SIGTERM ends while idle; the busy checkpoint first."""
+        if not self._broken():
+            return
+        deadline = time.monotonic() + GRACE
+        while any(w.pid in self.busy and w.is_alive() for w in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for worker in workers:
+            worker.kill()
+
+    def _broken(self) -> bool:
+        return bool(getattr(self.executor, "_broken", False))
+
+    def _workers(self) -> list[BaseProcess]:
+        return list((getattr(self.executor, "_processes", None) or {}).values())
 
     def stop(self, running: Iterable[Future[Any]]) -> None:
         """Ask the processes to checkpoint and stop, and wait for them."""
         running = list(running)
-        for process in list((getattr(self.executor, "_processes", None) or {}).values()):
-            if process.is_alive():
+        for process in self._workers():
+            if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
         for future in running:
             future.cancel()
@@ -119,7 +170,7 @@ class Pool:
                 self.runtime.jobs,
                 mp_context=context,
                 initializer=_start_worker,
-                initargs=(str(self.store.root), numbers, logging.getLogger().getEffectiveLevel()),
+                initargs=(str(self.store.root), numbers, self.busy, logging.getLogger().getEffectiveLevel()),
             )
         return self.executor
 
@@ -153,13 +204,15 @@ class _Environment:
 _opened: Opened | None = None
 _root = ""
 _busy = _stopping = False
+_busy_ids: Any = [0]
+_place = 0
 
 
-def _start_worker(root: str, numbers: Any, level: int) -> None:
+def _start_worker(root: str, numbers: Any, busy_ids: Any, level: int) -> None:
     """What a worker is, before its first job opens a graph; on a machine with several GPUs it sees one of them."""
-    global _root
-    _root = root
-    number = numbers.get()
+    global _root, _busy_ids, _place
+    _root, _busy_ids = root, busy_ids
+    _place = number = numbers.get()
     os.environ["TQDM_POSITION"] = str(number)  # a line of the terminal for each process's progress bar
     devices = _visible_devices()
     if devices:
@@ -217,7 +270,7 @@ def _check(asked: Sequence[tuple[str, Sequence[str]]]) -> list[Exception | None]
 
 def _run_one(recipe: str, digest: str) -> None:
     global _busy
-    _busy = True
+    _busy, _busy_ids[_place] = True, os.getpid()
     try:
         if _stopping:
             raise KeyboardInterrupt
@@ -225,4 +278,4 @@ def _run_one(recipe: str, digest: str) -> None:
         node = stages.graph.node(digest)
         stages.store.produce(node.key, stages.make(node))
     finally:
-        _busy = False
+        _busy, _busy_ids[_place] = False, 0

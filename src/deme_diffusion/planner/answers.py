@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,12 @@ from deme_diffusion.planner.candidates import Baseline, ready
 from deme_diffusion.planner.evidence import what_matters
 from deme_diffusion.recipes import changed
 
+log = logging.getLogger(__name__)
 KEYS = ("ablated_part", "action", "name", "replacement")
 MOST_ENTRIES = 100
 """Ablations of one answer that are looked at."""
+MOST_TEXT, MOST_BROKEN, LONGEST = 200_000, 1000, 50_000
+"""To stay quick: characters of an answer that are read; braces that may open no object; characters of an object."""
 _THOUGHTS = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
 
@@ -62,6 +66,9 @@ def read_answer(text: str) -> Plan:
     Never raises. Exact changes (`set`) are taken away: what a model says is free text, whose meaning the table decides.
     """
     text = _FENCE.sub("", _THOUGHTS.sub("", text))
+    if len(text) > MOST_TEXT:
+        log.warning("the answer has %d characters; what comes after the first %d is not read", len(text), MOST_TEXT)
+        text = text[:MOST_TEXT]
     document, objects = _read(text) or Plan(), _read(_as_lines(text)) or Plan()
     # An array over many lines, among words, may look like Markdown; only the document tells of its broken lines.
     as_objects = objects.ablations != document.ablations and len(objects.ablations) >= len(document.ablations)
@@ -91,13 +98,14 @@ def _as_lines(text: str) -> str:
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Every JSON object in the text that is an entry, within lists and other objects as well."""
-    decoder, position = json.JSONDecoder(), 0
-    while (start := text.find("{", position)) >= 0:
-        try:
-            value, position = decoder.raw_decode(text, start)
+    decoder, position, broken = json.JSONDecoder(), 0, 0
+    while (start := text.find("{", position)) >= 0 and broken < MOST_BROKEN:
+        try:  # a slice, since the decoder counts the lines before an error from the start of what it was given
+            value, length = decoder.raw_decode(text[start : start + LONGEST])
         except (ValueError, RecursionError):
-            position = start + 1
+            position, broken = start + 1, broken + 1
             continue
+        position = start + length
         yield from _entries(value)
 
 

@@ -58,10 +58,13 @@ def missing(recipe: Recipe, evidence: Sequence[Measured]) -> list[Candidate]:
     """The candidates in the table's order; two that make the same recipe are one, under the first name."""
     done, failed = done_targets(recipe, evidence), failed_targets(evidence)
     baseline, seen, found = Baseline(recipe), set[frozenset[str]](), list[Candidate]()
+    left = list[str]()
     for part, action, replacement in in_words(recipe):
         arms = ready(resolve(asked(part.name, action, [replacement] if replacement else []), recipe), part.name)
         new = {what_matters(changed(recipe, arm.change)): arm.change for arm in arms or ()}
         targets = frozenset(new)
+        if not targets:
+            left.append(f"{part.name} {action} {replacement or ''}".rstrip())
         if not targets or targets <= done or targets in seen:
             continue
         seen.add(targets)
@@ -73,6 +76,9 @@ def missing(recipe: Recipe, evidence: Sequence[Measured]) -> list[Candidate]:
         measuring = all(path.startswith("evaluate.") for change in new.values() for path in change)
         cost = steps / max(1, baseline.steps)
         found.append(Candidate(part.name, action, replacement, targets, steps, cost, why, measuring))
+    if left:
+        log.info("%d changes of the table cannot be run on %s", len(left), recipe.name)
+        log.debug("cannot be run on %s: %s", recipe.name, "; ".join(left))
     return found
 
 
@@ -101,8 +107,9 @@ def ready(resolved: Resolved, part: str | None = None) -> tuple[Arm, ...] | None
 
 
 def done_targets(recipe: Recipe, evidence: Sequence[Measured]) -> frozenset[str]:
-    """The changed recipes that were measured on this baseline with at least as many seeds as it has."""
-    enough = (one for one in evidence if one.same and one.status == "done" and one.seeds >= len(recipe.seeds))
+    """The changed recipes that were measured on this baseline with its seeds, and perhaps more."""
+    wanted = set(recipe.seeds)
+    enough = (one for one in evidence if one.same and one.status == "done" and wanted <= set(one.seeds))
     return frozenset(one.target for one in enough if one.target)
 
 

@@ -39,9 +39,8 @@ class Record:
 
     @property
     def paths(self) -> tuple[Path, Path]:
-        """PLAN.request.json and PLAN.answer.json."""
-        request, answer = (self.plan.with_name(f"{self.plan.stem}.{name}.json") for name in ("request", "answer"))
-        return request, answer
+        """What was sent, and what came back."""
+        return record_paths(self.plan)
 
     def ask(self, messages: Sequence[Message]) -> dict[str, Any]:
         """One request; it is on disk before it is sent, and the answer before it is read."""
@@ -59,6 +58,12 @@ class Record:
 
     def _write(self, which: int, content: Mapping[str, Any]) -> None:
         write_json(self.paths[which], _writable(self.service.hide(content)))
+
+
+def record_paths(plan: Path) -> tuple[Path, Path]:
+    """PLAN.request.json and PLAN.answer.json."""
+    request, answer = (plan.with_name(f"{plan.stem}.{name}.json") for name in ("request", "answer"))
+    return request, answer
 
 
 def ask_for_plan(
@@ -105,7 +110,8 @@ def _repaired(
     prompts: Prompts,
 ) -> Judged:  # fmt: skip
     """What is usable once the entries that are not went back with their errors."""
-    log.info("%d entries cannot be run; they go back once", len(first.unusable))
+    count = len(first.unusable)
+    log.info("%d %s cannot be run; back once", count, "entries" if count > 1 else "entry")
     names, problems = [one.name for one in first.usable], first.unusable[:MOST_REPAIRED]
     again = prompts.render("repair.md", usable=names, problems=problems)
     messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": again}]

@@ -1,7 +1,7 @@
 """What was ablated before: the arms of every `ablation.json` below a runs folder, and what each of them changed.
 
 An arm counts as done for a recipe when it ended well on the same baseline (every setting equal but for
-names, seeds, controls and `runtime`, by the `recipe.yaml` beside it) with at least as many seeds as the recipe has.
+names, seeds, controls and `runtime`, by the `recipe.yaml` beside it) with the recipe's seeds among its own.
 Whatever else was measured is evidence of how much a part matters, with half the weight where the baseline was another.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Measured:
     label: str
     change: Mapping[str, Any]
     status: str
-    seeds: int
+    seeds: tuple[int, ...]
     target: str = ""
     error: str = ""
     effect: Effect | None = None
@@ -72,7 +72,7 @@ def read_evidence(runs: Path, recipe: Recipe) -> list[Measured]:
             found += _arms(path, recipe, ours)
         except (UserError, MachineError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             log.warning("%s: not read: %s", path, " ".join(str(error).split()) or type(error).__name__)
-    return sorted(_latest(found), key=lambda one: not one.same)
+    return sorted(_latest(found, set(recipe.seeds)), key=lambda one: not one.same)
 
 
 def ablation_files(runs: Path) -> list[Path]:
@@ -87,12 +87,15 @@ def ablation_files(runs: Path) -> list[Path]:
 def _arms(path: Path, recipe: Recipe, ours: str) -> Iterator[Measured]:
     content = read_json(path)
     baseline = _baseline_of(path)
-    same = baseline is not None and what_matters(baseline) == ours
+    theirs = what_matters(baseline) if baseline else ""
+    same = theirs == ours
     metrics = content["baseline"]["metrics"]
     for ablation in content["ablations"]:
         for arm in ablation["arms"]:
             if arm["status"] in ("done", "failed"):
-                yield _measured(str(content["recipe"]), same, ablation, arm, metrics, recipe, len(content["seeds"]))
+                seeds = tuple(map(int, content["seeds"]))
+                one = _measured(str(content["recipe"]), same, ablation, arm, metrics, recipe, seeds)
+                yield one if same else replace(one, target=canonical_digest([theirs, one.change]))
 
 
 def _measured(
@@ -102,12 +105,12 @@ def _measured(
     arm: Mapping[str, Any],
     baseline: Mapping[str, Any],
     recipe: Recipe,
-    seeds: int,
+    seeds: tuple[int, ...],
 ) -> Measured:
     effect = _effect(arm["metrics"], baseline) if arm["status"] == "done" else None
     value = baseline[effect.metric]["mean"] if effect else None
     change, part = dict(arm["change"]), ablation.get("part")
-    target = _target(recipe, change) if same else canonical_digest([name, change])
+    target = _target(recipe, change) if same else ""
     return Measured(
         name, same, part, str(arm["label"]), change, arm["status"], seeds, target, str(arm.get("error") or ""), effect,
         value,
@@ -139,9 +142,9 @@ def _target(recipe: Recipe, change: Mapping[str, Any]) -> str:
         return ""
 
 
-def _latest(found: list[Measured]) -> list[Measured]:
-    """One entry an arm: done before failed, then the one with the most seeds."""
+def _latest(found: list[Measured], seeds: set[int]) -> list[Measured]:
+    """One entry an arm: done before failed, then the one with the recipe's seeds, then with the most."""
     best: dict[tuple[str, bool, str], Measured] = {}
-    for one in sorted(found, key=lambda m: (m.status == "done", m.seeds)):
+    for one in sorted(found, key=lambda m: (m.status == "done", seeds <= set(m.seeds), len(m.seeds))):
         best[one.recipe, one.same, one.target or one.label] = one
     return list(best.values())

@@ -107,7 +107,7 @@ def _known(choice: Choice) -> str:
 def said(one: Measured) -> str:
     """`TIES: FD +0.81 ± 0.20 of 6.40 with 3 seeds (another baseline: cifar10)`."""
     where = "" if one.same else f" (another baseline: {one.recipe})"
-    seeds = f"with {one.seeds} seed" + ("s" if one.seeds > 1 else "")
+    seeds = f"with {len(one.seeds)} seed" + ("s" if len(one.seeds) > 1 else "")
     if one.effect is None or one.effect.difference is None or one.baseline is None:
         return f"{one.label}: no metric to compare, {seeds}{where}"
     margin = "" if one.effect.margin is None else f" ± {one.effect.margin:.3g}"

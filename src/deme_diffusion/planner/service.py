@@ -160,7 +160,7 @@ def find_service(
 ) -> Service:
     """The service at an address (else OPENAI_BASE_URL, else OpenAI's own), its key from the environment.
 
-    Raises UserError for an address that is none, and where an address that is not local has no key.
+    Raises UserError for an address that is none, and where one that is not local has no key or no encryption.
     """
     try:
         import openai  # noqa: F401
@@ -175,6 +175,8 @@ def find_service(
         key = NO_KEY
     if not re.fullmatch(r"[!-~]+", key):
         raise UserError(f"{key_name} holds what no key holds (blanks or other than ASCII)")
+    if key != NO_KEY and urlsplit(address).scheme == "http" and not is_local(address):
+        raise UserError(f"--base-url {address}: http:// sends the key for all to read; name an https:// address")
     if not model.strip():
         raise UserError("--model: the name is empty")
     return Service(model, address, key, key_name, timeout, retries)

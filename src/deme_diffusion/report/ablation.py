@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
 
 from deme_diffusion.files import write_bytes, write_text
 from deme_diffusion.report import ablation_text as text
 from deme_diffusion.report.ablation_figure import effects_figure
 from deme_diffusion.report.ablation_page import ablation_page
-from deme_diffusion.report.ablation_sentences import AblationVerdict, together, verdicts
+from deme_diffusion.report.ablation_sentences import AblationVerdict, verdicts
+from deme_diffusion.report.ablation_together import together
 from deme_diffusion.report.page import write_page
 
 __all__ = ["AblationVerdict", "rich_tables", "together", "verdicts", "write_ablation"]
@@ -28,6 +29,6 @@ def write_ablation(folder: Path, content: Mapping[str, Any]) -> list[str]:
     return [one.sentence for one in found]
 
 
-def rich_tables(content: Mapping[str, Any]) -> list[Table]:
-    """A table an ablation for the terminal."""
+def rich_tables(content: Mapping[str, Any]) -> list[Group]:
+    """A table an ablation for the terminal, with its notes below."""
     return text.rich_tables(content, verdicts(content))

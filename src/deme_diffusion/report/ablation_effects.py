@@ -1,28 +1,32 @@
 """What each arm of an ablation changes: its figures against the baseline's, seed by seed, and its cost of serving."""
 
 import math
+import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from deme_diffusion.report.cells import SAMPLING_FIELDS, Figure, compact, direction
+from deme_diffusion.report.ablation_costs import COSTS, ServingCosts, same_sampler, serving_costs
+from deme_diffusion.report.cells import SAMPLING_FIELDS, Figure, compact, decimals_for, direction, figure_decimals
 from deme_diffusion.report.paired import holm, margin_of, p_value, paired_differences
 
 Content = Mapping[str, Any]
 """What `ablation.json` holds, a part of it, or an arm's `metrics`."""
-Outcome = Literal["better", "worse", "changed", "none", "identical", "one seed", "n/a"]
-COSTS = ("parameters", "disk (MB)", "peak memory (MB)", "load time (ms)", "latency (ms)")
+Outcome = Literal["better", "worse", "changed", "none", "identical", "alike", "one seed", "n/a"]
 CHANGEABLE = SAMPLING_FIELDS | {"eta"}
 """Fields of a protocol in which an arm may differ: it is what they change. Elsewhere a difference forbids comparing."""
 NOT_RUN = ("not_executable", "same_as_baseline")
+CONTINUOUS = ("FD", "KID", "loss")
+"""Scores that two models do not share by chance, as they may one that counts images."""
 
 
 @dataclass(frozen=True)
 class Effect:
     """One metric of an arm minus the baseline's: `difference` ± `margin`, half the 95% interval over paired seeds.
 
-    Without a value for each seed the margin is sqrt(s1^2 + s2^2), and there is no p. `survives`: whether the difference
-    also holds when all comparisons of the experiment are tested together (Holm).
+    With one seed, or where all seeds differ alike, there is no margin and no p. `survives`: whether the difference also
+    holds when all comparisons of the experiment are tested together (Holm).
     """
 
     metric: str
@@ -37,12 +41,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class ArmEffects:
-    """An arm that ran, or its `error`. `ratios`: what serving it costs as a multiple of the baseline's, by metric."""
+    """An arm that ran, or its `error`. `serving`: what serving it costs against the baseline."""
 
     label: str
     status: str
     effects: tuple[Effect, ...] = ()
-    ratios: Mapping[str, float] = field(default_factory=dict)
+    serving: ServingCosts = field(default_factory=ServingCosts)
     error: str = ""
     metrics: Mapping[str, Figure] = field(default_factory=dict, repr=False)
 
@@ -55,13 +59,14 @@ class ArmEffects:
 class Columns:
     """The table's metrics that an ablation asks for: of quality, of these the `primary` score's, of cost; and the rest.
 
-    `missing` is the metrics that the recipe cannot give, each with its reason.
+    `missing` is the metrics that the recipe cannot give, each with its reason; `cost_asked`: the plan asks for costs.
     """
 
     quality: tuple[str, ...]
     primary: tuple[str, ...]
     costs: tuple[str, ...]
     missing: tuple[tuple[str, str], ...]
+    cost_asked: bool = False
 
 
 def plain_text(text: object, most: int = 0) -> str:
@@ -71,14 +76,15 @@ def plain_text(text: object, most: int = 0) -> str:
 
 
 def columns_of(content: Content, ablation: Content) -> Columns:
-    """The asked columns that exist, FD (or the loss) where none is of quality; costs where parameters differ."""
+    """The asked columns that exist, FD (or the loss) where none is of quality; costs where size or sampler differ."""
     names = _names(content, ablation)
     asked = [name for metric in ablation["metrics"] for name in _matching(names, metric["columns"])]
     quality = [name for name in dict.fromkeys(asked) if name not in COSTS]
     quality = quality or _matching(names, ["FD"]) or _matching(names, ["loss"])
-    whole = _asks_cost(asked) or any(_parameters_differ(content, arm) for arm in ablation["arms"])
+    cost_asked = any(name in COSTS for name in asked)
+    whole = cost_asked or any(_serves_otherwise(content, arm) for arm in ablation["arms"])
     costs = tuple(c for c in COSTS if c in names) if whole else ()
-    return Columns(tuple(quality), _primary(quality), costs, tuple(_missing(names, ablation)))
+    return Columns(tuple(quality), _primary(quality), costs, tuple(_missing(names, ablation)), cost_asked)
 
 
 def _names(content: Content, ablation: Content) -> list[str]:
@@ -92,10 +98,6 @@ def _matching(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
     return [name for prefix, wanted in starts for name in names if name == prefix or name.startswith(wanted)]
 
 
-def _asks_cost(asked: Iterable[str]) -> bool:
-    return any(name in COSTS for name in asked)
-
-
 def _missing(names: Sequence[str], ablation: Content) -> Iterable[tuple[str, str]]:
     for metric in ablation["metrics"]:
         if not _matching(names, metric["columns"]):
@@ -104,14 +106,18 @@ def _missing(names: Sequence[str], ablation: Content) -> Iterable[tuple[str, str
 
 def score_of(metric: str) -> str:
     """A metric's name without the sampler or the range: `FD(digits-cnn) DDIM-50` is the score `FD(digits-cnn)`."""
+    if metric.startswith("loss "):  # a range's name may have spaces
+        return "loss"
     return metric.rpartition(" ")[0] or metric
 
 
 def _primary(quality: Sequence[str]) -> tuple[str, ...]:
-    """The columns that the verdict speaks of first: of the first score asked for, overall rather than by range."""
+    """The columns that the verdict speaks of first: FD, else the loss overall, else the first score asked for."""
     if not quality:
         return ()
-    score = score_of(quality[0])
+    scores = [score_of(name) for name in quality]
+    first = (score for score in scores if re.split(r"[ (]", score)[0] == "FD")
+    score = next(first, "loss" if "loss" in scores else scores[0])
     return (score,) if score in quality else tuple(name for name in quality if score_of(name) == score)
 
 
@@ -125,7 +131,8 @@ def _arm(baseline: Content, arm: Content, columns: Columns) -> ArmEffects:
     if arm["status"] != "done":
         return ArmEffects(label, arm["status"], error=error)
     effects = tuple(compare(name, arm["metrics"], baseline["metrics"]) for name in columns.quality)
-    return ArmEffects(label, "done", effects, _ratios(arm, baseline, columns.costs), "", arm["metrics"])
+    costs = serving_costs(arm["metrics"], baseline["metrics"], columns.costs, lambda a, b: not _incomparable(a, b))
+    return ArmEffects(label, "done", effects, costs, "", arm["metrics"])
 
 
 def compare(metric: str, arm: Content, baseline: Content) -> Effect:
@@ -134,15 +141,32 @@ def compare(metric: str, arm: Content, baseline: Content) -> Effect:
     if reason := _incomparable(ours, theirs):
         return Effect(metric, "n/a", reason=reason)
     assert ours is not None and theirs is not None
-    difference, seeds = ours["mean"] - theirs["mean"], min(len(ours["seeds"]), len(theirs["seeds"]))
+    if min(len(ours["seeds"]), len(theirs["seeds"])) < 2:
+        difference = ours["mean"] - theirs["mean"]
+        same = difference == 0 and same_figures(arm, baseline)
+        return Effect(metric, "identical" if same else "one seed", difference, None, 1)
     differences = paired_differences(ours, theirs)
-    if not any(differences) if differences else difference == 0:
-        return Effect(metric, "identical", 0.0, 0.0 if differences else None, seeds, 1.0 if differences else None)
-    if seeds < 2 or ours["spread"] is None or theirs["spread"] is None:
-        return Effect(metric, "one seed", difference, None, seeds)
-    margin = margin_of(differences) if differences else math.hypot(ours["spread"], theirs["spread"])
-    p = p_value(differences) if differences else None
-    return Effect(metric, _outcome(metric, difference, margin), difference, margin, seeds, p)
+    if differences is None:
+        return Effect(metric, "n/a", reason="the arm and the baseline have no two seeds with values in common")
+    return _paired(metric, differences)
+
+
+def _paired(metric: str, differences: Sequence[float]) -> Effect:
+    """What two or more paired differences show."""
+    seeds, difference, margin = len(differences), statistics.fmean(differences), margin_of(differences)
+    if not any(differences):
+        return Effect(metric, "identical", 0.0, 0.0, seeds, 1.0)
+    if margin is None:
+        return Effect(metric, "alike", difference, None, seeds)
+    return Effect(metric, _outcome(metric, difference, margin), difference, margin, seeds, p_value(differences))
+
+
+def same_figures(arm: Content, baseline: Content) -> bool:
+    """Whether two models' FD, KID and losses are equal, as many as both have; False where they have none."""
+    names = [name for name in arm if name in baseline and re.split(r"[ (]", name)[0] in CONTINUOUS]
+    pairs = [(arm[name]["mean"], baseline[name]["mean"]) for name in names]
+    known = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    return bool(known) and all(ours == theirs for ours, theirs in known)
 
 
 def _outcome(metric: str, difference: float, margin: float) -> Outcome:
@@ -174,23 +198,11 @@ def differing_fields(ours: Figure, theirs: Figure) -> list[str]:
     return [name for name in sorted(one.keys() | other.keys()) if compact(one.get(name)) != compact(other.get(name))]
 
 
-def _parameters_differ(content: Content, arm: Content) -> bool:
-    counts = [_mean(table, "parameters") for table in (arm.get("metrics") or {}, content["baseline"]["metrics"])]
-    return None not in counts and counts[0] != counts[1]
-
-
-def _ratios(arm: Content, baseline: Content, costs: Sequence[str]) -> dict[str, float]:
-    result = {}
-    for name in costs:
-        ours, theirs = _mean(arm["metrics"], name), _mean(baseline["metrics"], name)
-        if ours is not None and theirs and not _incomparable(arm["metrics"][name], baseline["metrics"][name]):
-            result[name] = ours / theirs
-    return result
-
-
-def _mean(metrics: Content, name: str) -> float | None:
-    figure: Figure | None = metrics.get(name)
-    return figure["mean"] if figure else None
+def _serves_otherwise(content: Content, arm: Content) -> bool:
+    """Whether an arm has other parameters, or is served with another sampler."""
+    ours, theirs = arm.get("metrics") or {}, content["baseline"]["metrics"]
+    counts = [figure["mean"] for table in (ours, theirs) if (figure := table.get("parameters"))]
+    return len(set(counts) - {None}) > 1 or not same_sampler(ours, theirs)
 
 
 def corrected(experiment: Sequence[Sequence[ArmEffects]]) -> list[list[ArmEffects]]:
@@ -202,3 +214,11 @@ def corrected(experiment: Sequence[Sequence[ArmEffects]]) -> list[list[ArmEffect
         return effect if effect.p is None else replace(effect, survives=next(fallen))
 
     return [[replace(arm, effects=tuple(map(marked, arm.effects))) for arm in arms] for arms in experiment]
+
+
+def difference_decimals(baseline: Mapping[str, Figure], arms: Sequence[ArmEffects], metric: str) -> int:
+    """One number of decimals for a metric's figures, in which their differences show."""
+    tables = (baseline, *(arm.metrics for arm in arms))
+    figures = [f for table in tables if (f := table.get(metric)) and f["mean"] is not None]
+    margins = [effect.margin or effect.difference for arm in arms if (effect := arm.of(metric))]
+    return max(figure_decimals(figures), decimals_for((f["mean"] for f in figures), margins))

@@ -1,6 +1,8 @@
 """What the page shows of an ablation experiment: verdicts, tables, effects, and the divisions that arms try."""
 
+import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from deme_diffusion.report.ablation_effects import Content, plain_text
@@ -8,6 +10,7 @@ from deme_diffusion.report.ablation_figure import ablation_figure
 from deme_diffusion.report.ablation_sentences import AblationVerdict, verdicts
 from deme_diffusion.report.ablation_tables import has_rows, protocols_of, table_of
 from deme_diffusion.report.ablation_text import headlines, problems_of
+from deme_diffusion.report.cells import compact
 from deme_diffusion.report.figures import division_picture, division_tables
 
 MOST_FIGURES = 40
@@ -58,4 +61,10 @@ def _divisions(baseline: Content, ablation: Content) -> Iterator[dict[str, Any]]
 
 
 def _picture(label: str, division: Mapping[str, Any]) -> dict[str, Any]:
-    return {"label": plain_text(label), "svg": division_picture(*division_tables(division))}
+    return {"label": plain_text(label), "svg": _drawn_once(compact(division))}
+
+
+@lru_cache(maxsize=64)
+def _drawn_once(division: str) -> bytes:
+    """A division's picture; many ablations of a plan have the same."""
+    return division_picture(*division_tables(json.loads(division)))

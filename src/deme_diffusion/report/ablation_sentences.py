@@ -3,22 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from deme_diffusion.report.ablation_costs import SAME, same_sampler
 from deme_diffusion.report.ablation_effects import (
     ArmEffects,
     Columns,
     Content,
     Effect,
     columns_of,
-    compare,
     corrected,
+    difference_decimals,
     effects_of,
     plain_text,
+    same_figures,
     score_of,
 )
-from deme_diffusion.report.ablation_words import abbreviated, listed, quoted, serving
-from deme_diffusion.report.cells import Figure, decimals_for, direction, figure_decimals, number, signed
+from deme_diffusion.report.ablation_samplers import resampled, sampler_of
+from deme_diffusion.report.ablation_top import DIFFER, Top, least_rank, top_of
+from deme_diffusion.report.ablation_words import abbreviated, listed, nothing_to_tell, quoted, serving, shortened
+from deme_diffusion.report.cells import Figure, difference_said, number
 
-MOST_METRICS, MOST_ARMS, MOST_NAME = 4, 4, 60
+MOST_METRICS, MOST_ARMS = 4, 3
 MANY = 10
 """More comparisons than this are counted aloud: each alone is at 95%."""
 
@@ -50,32 +54,13 @@ def _verdict(content: Content, ablation: Content, columns: Columns, arms: Sequen
     return AblationVerdict(plain_text(ablation["name"]), sentence, columns, tuple(arms), comparisons)
 
 
-def together(found: Sequence[AblationVerdict]) -> str:
-    """What many comparisons mean taken together; '' where they are few."""
-    count = sum(one.comparisons for one in found)
-    if count <= MANY:
-        return ""
-    kept = [
-        f"{effect.metric} of {quoted(arm.label)} ({plain_text(one.name, MOST_NAME)})"
-        for one in found
-        for arm in one.arms
-        for effect in arm.effects
-        if effect.survives
-    ]
-    by_chance = (
-        f"{count} comparisons, each with a 95% interval of its own: about {max(1, round(0.05 * count))} would show"
-    )
-    more = f" and {len(kept) - MANY} more" if len(kept) > MANY else ""
-    held = f"{', '.join(kept[:MANY])}{more} still {'do' if len(kept) > 1 else 'does'}" if kept else "none does"
-    return f"{by_chance} a difference by chance alone; after Holm's correction over all of them {held}."
-
-
 class _Sentence:
     """The figures of one ablation and the words for them."""
 
     def __init__(self, content: Content, ablation: Content, columns: Columns, arms: Sequence[ArmEffects]) -> None:
         self.baseline: Mapping[str, Figure] = content["baseline"]["metrics"]
         self.ablation, self.columns = ablation, columns
+        self.alone = len(ablation["arms"]) == 1
         self.done = [arm for arm in arms if arm.status == "done"]
         self.failed = [arm for arm in arms if arm.status != "done"]
         self.decimals = {name: self._decimals(name) for name in columns.quality}
@@ -93,12 +78,25 @@ class _Sentence:
         if all(e.outcome in ("one seed", "n/a") for arm in judged for e in arm.effects):
             return self._ended(f"{self._subject()}: {self._one_seed(judged)}", judged)
         if len(self.done) == 1:
-            return self._ended(f"{self._subject()} {self._says(judged[0], self._spoken(), seeds=True)}", judged)
+            who = " " if self.alone else f": {quoted(judged[0].label)} "
+            return self._ended(f"{self._subject()}{who}{self._says(judged[0], self._spoken(), seeds=True)}", judged)
         return self._ended(f"{self._subject()}: {self._several(judged)}", judged)
 
     def _ended(self, text: str, judged: Sequence[ArmEffects]) -> str:
-        costs = [said for arm in judged if (said := serving(arm, quoted(arm.label) if len(self.done) > 1 else "it"))]
+        served = [
+            arm for arm in judged if len(self.done) == 1 or self.columns.cost_asked or self._serves_otherwise(arm)
+        ]
+        costs = [said for arm in served if (said := serving(arm, "it" if len(self.done) == 1 else quoted(arm.label)))]
+        if len(costs) > MOST_ARMS:
+            costs = [*costs[:MOST_ARMS], f"the costs of {len(costs) - MOST_ARMS} more are in the table"]
+        if self.columns.cost_asked and (said := nothing_to_tell(judged, alone=len(self.done) == 1)):
+            costs.append(said)
         return "; ".join([text, *costs, *self._left_out()]) + "."
+
+    def _serves_otherwise(self, arm: ArmEffects) -> bool:
+        """Whether an arm has other parameters or another sampler: of several arms only these have costs to weigh."""
+        sized = abs(arm.serving.ratios.get("parameters", 1.0) - 1) >= SAME
+        return sized or not same_sampler(arm.metrics, self.baseline)
 
     # -- who ---------------------------------------------------------------------------------------
 
@@ -138,45 +136,69 @@ class _Sentence:
     # -- what --------------------------------------------------------------------------------------
 
     def _spoken(self) -> list[str]:
-        """The metrics of a sentence about one arm: the primary ones first, no loss by range beside the overall one."""
+        """The metrics of a sentence about one arm: the primary ones and the loss first, that overall, not by range."""
         rest = [m for m in self.columns.quality if m not in self.columns.primary]
-        return [
-            *self.columns.primary,
-            *(m for m in rest if score_of(m) == m or score_of(m) not in self.columns.quality),
-        ]
+        rest = [m for m in rest if score_of(m) == m or score_of(m) not in self.columns.quality]
+        return [*self.columns.primary, *sorted(rest, key=lambda m: m != "loss")]
+
+    def _short(self) -> list[str]:
+        """The metrics that each of several arms is judged by: the primary ones and the loss."""
+        return [m for m in self._spoken() if m in self.columns.primary or m == "loss"]
 
     def _says(self, arm: ArmEffects, metrics: Sequence[str], *, seeds: bool = False) -> str:
         """What an arm does to some metrics: `costs 0.80 ± 0.20 FD (3 seeds) and improves recall by 0.02 ± 0.01`."""
         effects = [effect for metric in metrics if (effect := arm.of(metric))]
         judged = [effect for effect in effects if effect.outcome != "n/a"]
-        if judged and all(effect.outcome == "identical" for effect in judged):
+        if judged and all(effect.outcome == "identical" for effect in judged) and self._same(arm):
             return "gives the baseline's figures exactly, as the same model would"
         outcomes = dict.fromkeys(effect.outcome for effect in judged)  # in the order of the metrics
-        clauses = [self._clause(outcome, judged) for outcome in sorted(outcomes, key=lambda o: o not in DIFFER)]
-        differs = any(effect.outcome in ("worse", "better", "changed") for effect in judged)
-        if seeds and differs:
+        clauses = [self._clause(outcome, judged, arm) for outcome in sorted(outcomes, key=lambda o: o not in DIFFER)]
+        differs = any(effect.outcome in DIFFER for effect in judged)
+        others = [] if differs else [e for e in arm.effects if e.outcome in DIFFER and e.metric not in metrics]
+        if others:  # the sentence may not deny what the table shows
+            clauses = [self._only(others), *(clause.replace("no diff", "no other diff", 1) for clause in clauses)]
+        if seeds and (differs or others):
             clauses[0] += f" ({max(effect.seeds for effect in judged)} seeds)"
         return listed(clauses) or "has no figure to compare"
 
-    def _clause(self, outcome: str, effects: Sequence[Effect]) -> str:
+    def _only(self, effects: Sequence[Effect]) -> str:
+        """`differs only in loss [0,250) (better by 0.00021 ± 0.00012)`."""
+        told = [f"{e.metric} ({e.outcome} by {self.amount(e)})" for e in effects[:MOST_METRICS]]
+        more = [f"{len(effects) - MOST_METRICS} more"] if len(effects) > MOST_METRICS else []
+        return f"differs only in {listed([*told, *more])}"
+
+    def _same(self, arm: ArmEffects) -> bool:
+        """Whether all figures that were compared are equal, and those that two models do not share by chance."""
+        compared = [effect for effect in arm.effects if effect.outcome != "n/a"]
+        return all(e.outcome == "identical" for e in compared) and same_figures(arm.metrics, self.baseline)
+
+    def _clause(self, outcome: str, effects: Sequence[Effect], arm: ArmEffects) -> str:
         group = [effect for effect in effects if effect.outcome == outcome]
         shown = group[:MOST_METRICS]
         said = [
-            WORDS[outcome].each(self, e, name)
+            WORDS[outcome].each(self, e, self._named(e.metric, name, arm))
             for e, name in zip(shown, abbreviated([effect.metric for effect in shown]), strict=True)
         ]
-        said += [f"{len(group) - len(shown)} more"] if len(group) > len(shown) else []
+        said += [f"{len(group) - len(shown)} more in the table"] if len(group) > len(shown) else []
         return WORDS[outcome].around.format(listed(said), seeds=max(effect.seeds for effect in group))
+
+    def _named(self, metric: str, name: str, arm: ArmEffects) -> str:
+        """A metric's name; of one that the arm samples otherwise, `FD(digits-cnn) with DDIM-6 in place of DDIM-3`."""
+        pair = resampled(arm.metrics.get(metric), self.baseline.get(metric))
+        if pair is None:
+            return name
+        score = name.removesuffix(metric.rpartition(" ")[2])
+        return f"{score}with {pair[0]} in place of {pair[1]}"
 
     def amount(self, effect: Effect) -> str:
         """`0.80 ± 0.20`, without its sign."""
         assert effect.difference is not None
-        return signed(abs(effect.difference), effect.margin, self.decimals[effect.metric]).removeprefix("+")
+        return difference_said(abs(effect.difference), effect.margin).removeprefix("+")
 
     def change(self, effect: Effect) -> str:
         """`−0.03 ± 0.15`."""
         assert effect.difference is not None
-        return signed(effect.difference, effect.margin, self.decimals[effect.metric])
+        return difference_said(effect.difference, effect.margin)
 
     def mean(self, metrics: Mapping[str, Figure], metric: str) -> str:
         """`8.31`, a mean without its spread."""
@@ -187,63 +209,62 @@ class _Sentence:
         shown = [m for m in self._spoken() if any((e := arm.of(m)) and e.outcome == "one seed" for arm in judged)]
         for metric, name in zip(shown[:MOST_METRICS], abbreviated(shown[:MOST_METRICS]), strict=True):
             arms = [arm for arm in judged if (e := arm.of(metric)) and e.outcome == "one seed"]
-            means = [
-                f"{quoted(arm.label)} " * (len(self.done) > 1) + self.mean(arm.metrics, metric)
-                for arm in arms[:MOST_ARMS]
-            ]
+            means = [self._mean_of(arm, metric) for arm in arms[:MOST_ARMS]]
+            means += [f"{len(arms) - MOST_ARMS} more in the table"] if len(arms) > MOST_ARMS else []
             parts.append(f"{name} {', '.join(means)} against {self.mean(self.baseline, metric)}")
+        parts += [f"{len(shown) - MOST_METRICS} more metrics in the table"] if len(shown) > MOST_METRICS else []
         return f"one seed: nothing can be concluded ({'; '.join(parts)})"
+
+    def _mean_of(self, arm: ArmEffects, metric: str) -> str:
+        """`"6 steps" 22.7 with DDIM-6`: of one seed, with the sampler where that is not the baseline's."""
+        sampled = resampled(arm.metrics.get(metric), self.baseline.get(metric))
+        with_sampler = f" with {sampler_of(arm.metrics[metric])}" if sampled else ""
+        name = "" if self.alone else f"{quoted(arm.label)} "
+        return f"{name}{self.mean(arm.metrics, metric)}{with_sampler}"
 
     # -- several arms ------------------------------------------------------------------------------
 
     def _several(self, judged: Sequence[ArmEffects]) -> str:
-        """The best arms first, then the others by how much they change; then what else differs."""
-        order = sorted(judged, key=self._weight)
-        best = self._best(judged)
-        rest = [arm for arm in order if arm not in best]
-        clauses = [self._best_clause(best)] if best else []
-        clauses += [f"{quoted(arm.label)} {self._primary(arm, first=not best and i == 0)}"
-                    for i, arm in enumerate(rest[:MOST_ARMS])]  # fmt: skip
-        clauses += [f"{len(rest) - MOST_ARMS} more in the table"] if len(rest) > MOST_ARMS else []
+        """The arm that improves most first, then the others by how much they change; then what else differs."""
+        top = top_of(judged, self.columns.primary)
+        rest = [arm for arm in sorted(judged, key=self._weight) if not top or arm is not top.arm]
+        clauses = [self._top_clause(top)] if top else []
+        most = MOST_ARMS - bool(top)
+        clauses += [f"{quoted(arm.label)} {self._says_short(arm, first=not top and i == 0)}"
+                    for i, arm in enumerate(rest[:most])]  # fmt: skip
+        clauses += [self._more(rest[most:])] if len(rest) > most else []
         return "; ".join(clauses + self._elsewhere(judged))
 
-    def _primary(self, arm: ArmEffects, *, first: bool = False) -> str:
-        return self._says(arm, self.columns.primary, seeds=first)
+    def _more(self, arms: Sequence[ArmEffects]) -> str:
+        """`6 more in the table`, and whether there is anything to see."""
+        untold = all(effect.outcome in ("none", "n/a") for arm in arms for effect in arm.effects)
+        seeds = max((effect.seeds for arm in arms for effect in arm.effects), default=0)
+        return f"{len(arms)} more in the table{f', without a difference that {seeds} seeds can show' if untold else ''}"
 
-    def _weight(self, arm: ArmEffects) -> tuple[int, float]:
-        """Arms with a difference come first, the largest first."""
+    def _says_short(self, arm: ArmEffects, *, first: bool = False) -> str:
+        return self._says(arm, self._short(), seeds=first)
+
+    def _weight(self, arm: ArmEffects) -> tuple[int, int, float]:
+        """Arms with a difference come first, the largest first; of those without, the ones that differ elsewhere."""
         effects = [effect for metric in self.columns.primary if (effect := arm.of(metric))]
-        rank = min((RANK.get(effect.outcome, len(RANK)) for effect in effects), default=len(RANK))
-        return rank, -max((abs(effect.difference or 0) for effect in effects), default=0)
+        largest = max((abs(effect.difference or 0) for effect in effects), default=0)
+        return least_rank(effects), least_rank(arm.effects), -largest
 
-    def _best(self, judged: Sequence[ArmEffects]) -> list[ArmEffects]:
-        """The arm that improves the first primary metric most, with those that no interval tells from it."""
-        metric = self.columns.primary[0]
-        sign = -1 if direction(metric) == "higher" else 1
-        improved = [(sign * e.difference, arm) for arm in judged
-                    if (e := arm.of(metric)) and e.outcome == "better" and e.difference is not None]  # fmt: skip
-        improved.sort(key=lambda pair: pair[0])
-        if not improved:
-            return []
-        top = improved[0][1]
-        alike = [arm for _, arm in improved[1:] if self._alike(arm, top, metric)]
-        return [top, *alike]
-
-    def _alike(self, arm: ArmEffects, other: ArmEffects, metric: str) -> bool:
-        effect = compare(metric, arm.metrics, other.metrics)
-        return effect.outcome in ("none", "identical")
-
-    def _best_clause(self, best: Sequence[ArmEffects]) -> str:
-        names = [quoted(arm.label) for arm in best]
-        if len(best) == 1:
-            return f"best is {names[0]}, which {self._primary(best[0], first=True)}"
-        said = [f"{name} {self._primary(arm)}" for name, arm in zip(names, best, strict=True)]
-        seeds = max(effect.seeds for arm in best for effect in arm.effects)
-        return f"{listed(names)} are best, and {seeds} seeds cannot tell them apart: {'; '.join(said[:MOST_ARMS])}"
+    def _top_clause(self, top: Top) -> str:
+        """It is best where it is better than the baseline and than every other arm; else who is not told from it."""
+        name, said = quoted(top.arm.label), self._says_short(top.arm, first=True)
+        if top.won:
+            where = "" if top.won == tuple(self._short()) else f" in {listed(abbreviated(top.won))}"
+            return f"best{where} is {name}, which {said}"
+        if not top.untold:
+            return f"{name} {said}"
+        names = shortened([quoted(arm.label) for arm in top.untold], MOST_ARMS)
+        seeds = max(effect.seeds for effect in top.arm.effects)
+        return f"{name} {said}; {seeds} seeds cannot tell {listed(names)} from it"
 
     def _elsewhere(self, judged: Sequence[ArmEffects]) -> list[str]:
         """What differs in metrics that the sentence has not spoken of."""
-        rest = [metric for metric in self._spoken() if metric not in self.columns.primary]
+        rest = [metric for metric in self._spoken() if metric not in self._short()]
         found = [
             f"{metric} ({', '.join(f'{quoted(label)} {outcome}' for label, outcome in differing[:MOST_ARMS])})"
             for metric in rest
@@ -277,15 +298,6 @@ WORDS = {
     "changed": _Words("changes {}", "{name} by {change}"),
     "none": _Words("makes no difference that {seeds} seeds can show ({})", "{name} {change}"),
     "identical": _Words("leaves {} exactly as it is", "{name}"),
+    "alike": _Words("gives no interval, as all {seeds} seeds differ alike ({})", "{name} {change}"),
     "one seed": _Words("has one seed, of which nothing can be concluded ({})", "{name} {change}"),
 }
-DIFFER = ("worse", "better", "changed")
-RANK = {outcome: rank for rank, outcome in enumerate(("better", "worse", "changed", "none", "one seed", "identical"))}
-
-
-def difference_decimals(baseline: Mapping[str, Figure], arms: Sequence[ArmEffects], metric: str) -> int:
-    """One number of decimals for a metric's figures, differences and margins."""
-    tables = (baseline, *(arm.metrics for arm in arms))
-    figures = [f for table in tables if (f := table.get(metric)) and f["mean"] is not None]
-    margins = [effect.margin for arm in arms if (effect := arm.of(metric))]
-    return max(figure_decimals(figures), decimals_for((f["mean"] for f in figures), margins))

@@ -2,23 +2,36 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from deme_diffusion.report.ablation_effects import NOT_RUN, ArmEffects, Content, Effect, differing_fields, plain_text
-from deme_diffusion.report.ablation_sentences import AblationVerdict, difference_decimals
+from deme_diffusion.report.ablation_costs import LATENCY
+from deme_diffusion.report.ablation_effects import (
+    NOT_RUN,
+    ArmEffects,
+    Content,
+    Effect,
+    difference_decimals,
+    differing_fields,
+    plain_text,
+)
+from deme_diffusion.report.ablation_samplers import resampled, samplers_said
+from deme_diffusion.report.ablation_sentences import AblationVerdict
 from deme_diffusion.report.cells import (
     Figure,
     compact,
+    difference_said,
     direction,
     figure_decimals,
     number,
     plain,
     protocol_lines,
     ratio,
-    signed,
 )
 
 Kind = Literal["base", "baseline", "arm", "failed"]
+SAMPLER_FIELDS = ("sampler", "steps", "eta")
+MARK = "*"
+"""Marks a figure that stands under the name of a sampler that it was not sampled by."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,11 @@ class Line:
 
 @dataclass(frozen=True)
 class AblationTable:
-    """Heads and rows, notes below, and the arms that were not to be run, each with its reason."""
+    """Heads and rows, what marks in cells mean, notes, and the arms that were not to be run, each with its reason."""
 
     heads: tuple[str, ...]
     lines: tuple[Line, ...]
+    marks: tuple[str, ...]
     notes: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -61,7 +75,8 @@ def table_of(content: Content, ablation: Content, found: AblationVerdict) -> Abl
     lines.append(Line("baseline", "baseline", "", shown.baseline(baseline)))
     lines += [shown.arm(arm, effects) for arm, effects in zip(rows, found.arms, strict=True)]
     notes = [*_missing(found), *_remarks(rows, found.arms, baseline)]
-    return AblationTable(tuple(heads), tuple(lines), tuple(notes), tuple(_left_out(ablation)))
+    marks = _marks(rows, baseline["metrics"], columns.quality)
+    return AblationTable(tuple(heads), tuple(lines), tuple(marks), tuple(notes), tuple(_left_out(ablation)))
 
 
 class _Shown:
@@ -96,11 +111,15 @@ class _Shown:
         self, metrics: Content, effects: ArmEffects | None, timed: Content | None = None
     ) -> tuple[TableCell, ...]:
         cells = []
+        theirs = self.content["baseline"]["metrics"]
         for name in self.columns.quality:
-            cells += [TableCell(self._value(metrics, name)), self._difference(effects.of(name) if effects else None)]
+            mark = MARK if effects and resampled(metrics.get(name), theirs.get(name)) else ""
+            cells += [
+                TableCell(self._value(metrics, name) + mark),
+                self._difference(effects.of(name) if effects else None),
+            ]
         for name in self.columns.costs:
-            times = f" ({ratio(effects.ratios[name])})" if effects and name in effects.ratios else ""
-            cells.append(TableCell(self._value(metrics, name) + times))
+            cells.append(TableCell(self._value(metrics, name) + _times(effects, name)))
         steps, seconds = (timed.get("steps"), timed.get("seconds")) if timed else (None, None)
         cells.append(TableCell("" if steps is None else f"{steps:,}"))
         return (*cells, TableCell("" if seconds is None else f"{seconds:,.1f}"))
@@ -113,18 +132,26 @@ class _Shown:
             return TableCell()
         if effect.difference is None:
             return TableCell("n/a")
-        text = "identical" if effect.outcome == "identical" else signed(
-            effect.difference, effect.margin, self.decimals[effect.metric]
-        )  # fmt: skip
+        said = difference_said(effect.difference, effect.margin)
+        text = "identical" if effect.outcome == "identical" else said
         return TableCell(text, effect.outcome if effect.outcome in ("better", "worse") else "")
+
+
+def _times(effects: ArmEffects | None, cost: str) -> str:
+    """` (4.0x)`, of an image where a step's time is shown; '' where nothing is to be told."""
+    if effects is None or cost not in effects.serving.ratios:
+        return ""
+    return f" ({ratio(effects.serving.ratios[cost])}{' per image' if cost == LATENCY else ''})"
 
 
 def change_said(arm: Content) -> str:
     """`decouple.num_ranges=2, merge.method=none`."""
     settings = (arm.get("change") or {}).items()
-    return plain_text(
-        ", ".join(f"{path}={plain(value) if isinstance(value, str) else compact(value)}" for path, value in settings)
-    )
+    return plain_text(", ".join(f"{path}={_setting(value)}" for path, value in settings))
+
+
+def _setting(value: Any) -> str:
+    return plain(value) if isinstance(value, str) else samplers_said(value) or compact(value)
 
 
 def _arrow(metric: str) -> str:
@@ -134,6 +161,18 @@ def _arrow(metric: str) -> str:
 def _missing(found: AblationVerdict) -> Iterable[str]:
     """The metrics that were asked for and cannot be given."""
     return (f"{asked}: n/a ({reason})" for asked, reason in found.columns.missing)
+
+
+def _marks(rows: Sequence[Content], baseline: Content, names: Sequence[str]) -> Iterable[str]:
+    """`* sampled by DDIM-6 in place of DDIM-3 (6 steps)`: what the marks mean, a line for each two samplers."""
+    arms: dict[str, list[str]] = {}
+    for arm in rows if names else ():
+        metrics = (arm.get("metrics") or {}) if arm["status"] == "done" else {}
+        pairs = [pair for name in names if (pair := resampled(metrics.get(name), baseline.get(name)))]
+        for ours, theirs in dict.fromkeys(pairs):
+            arms.setdefault(f"{MARK} sampled by {ours} in place of {theirs}", []).append(plain_text(arm["label"]))
+    ran = sum(arm["status"] == "done" for arm in rows)
+    return [f"{said} ({', '.join(labels)})" if ran > 1 else said for said, labels in arms.items()]
 
 
 def _remarks(rows: Sequence[Content], arms: Sequence[ArmEffects], baseline: Content) -> Iterable[str]:
@@ -148,8 +187,9 @@ def _remarks(rows: Sequence[Content], arms: Sequence[ArmEffects], baseline: Cont
 
 def _otherwise(ours: Figure, theirs: Figure) -> str:
     one, other = ours["protocol"], theirs["protocol"]
+    marked = SAMPLER_FIELDS if resampled(ours, theirs) else ()
     return ", ".join(f"{name} {plain(one.get(name))} instead of {plain(other.get(name))}"
-                     for name in differing_fields(ours, theirs))  # fmt: skip
+                     for name in differing_fields(ours, theirs) if name not in marked)  # fmt: skip
 
 
 def protocols_of(content: Content, found: Sequence[AblationVerdict]) -> list[str]:

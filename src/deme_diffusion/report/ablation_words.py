@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+from deme_diffusion.report.ablation_costs import LATENCY, LOAD, SAME
 from deme_diffusion.report.ablation_effects import ArmEffects, plain_text, score_of
 from deme_diffusion.report.cells import ratio
 
-MOST_TEXT = 70
+MOST_TEXT, MOST_NAMED = 70, 4
 SHORT_COSTS = {"parameters": "parameters", "disk (MB)": "disk", "peak memory (MB)": "peak memory"}
-SHORT_COSTS |= {"load time (ms)": "load time", "latency (ms)": "latency"}
-SAME, TIMED = 0.005, ("latency (ms)",)
+SHORT_COSTS |= {LOAD: "load time", LATENCY: "latency per image"}
 MORE = 1.05
 """A cost at least so many times the baseline's is needed; below, it is only stated."""
 
@@ -23,6 +23,11 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else list(parts))
 
 
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """The first names, and how many more there are."""
+    return [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+
+
 def abbreviated(metrics: Sequence[str]) -> list[str]:
     """Names for a list in a sentence: a score is named once, then only its samplers."""
     named: list[str] = []
@@ -33,10 +38,23 @@ def abbreviated(metrics: Sequence[str]) -> list[str]:
 
 
 def serving(arm: ArmEffects, who: str) -> str:
-    """`it needs 4.0x the parameters, 4.2x the disk; latency 0.98x`; '' where no cost of serving is asked or changed."""
-    changed = {name: value for name, value in arm.ratios.items() if abs(value - 1) >= SAME or name in TIMED}
+    """`it needs 4.0x the parameters, 4.2x the disk; latency per image not told apart`; '' where no cost changed."""
+    costs = arm.serving
+    changed = {name: value for name, value in costs.ratios.items() if abs(value - 1) >= SAME}
     needed = [f"{ratio(value)} the {SHORT_COSTS[name]}" for name, value in changed.items() if value >= MORE]
     rest = [f"{SHORT_COSTS[name]} {ratio(value)}" for name, value in changed.items() if value < MORE]
+    untold = f"{listed([SHORT_COSTS[name] for name in costs.untold])} not told apart" if costs.untold else ""
     if needed:
-        return "; ".join([f"{who} needs {', '.join(needed)}", *([", ".join(rest)] if rest else [])])
-    return f"{who} serves at {', '.join(rest)}" if rest else ""
+        return "; ".join(part for part in (f"{who} needs {', '.join(needed)}", ", ".join(rest), untold) if part)
+    if rest:
+        return "; ".join(part for part in (f"{who} serves at {', '.join(rest)}", untold) if part)
+    return f"{who} has {untold} from the baseline's" if untold else ""
+
+
+def nothing_to_tell(arms: Sequence[ArmEffects], *, alone: bool) -> str:
+    """What is said of arms that are served as the baseline is, where costs are asked; '' of none."""
+    alike = [quoted(arm.label) for arm in arms if arm.serving.alike and not serving(arm, "")]
+    if not alike:
+        return ""
+    who = "it has" if alone else f"{listed(shortened(alike, MOST_NAMED))} {'has' if len(alike) == 1 else 'have'}"
+    return f"{who} no cost of serving to tell: parameters, disk and sampler are the baseline's"

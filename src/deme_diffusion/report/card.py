@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from deme_diffusion.division import names_of
 from deme_diffusion.report.tables import escape_markdown, markdown
 from deme_diffusion.report.verdict import verdict
 
@@ -69,16 +70,6 @@ def _projections(names: Sequence[str]) -> str:
     return " and ".join(f"the {kind} after {', '.join(places)}" for kind, places in kinds.items() if places)
 
 
-def subset_names(subsets: Sequence[Sequence[Sequence[int]]]) -> list[str]:
-    """Each subset by its timestep ranges, `[0,250)`; one of more than two ranges by its number and size."""
-    return [
-        "+".join(f"[{lo},{hi})" for lo, hi in runs)
-        if len(runs) <= 2
-        else f"#{i} {sum(hi - lo for lo, hi in runs)} timesteps in {len(runs)} ranges"
-        for i, runs in enumerate(subsets)
-    ]
-
-
 def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
@@ -115,7 +106,7 @@ def _weights(run: Mapping[str, Any]) -> str:
     weights: Mapping[str, Sequence[float]] = run.get("weights") or {}
     if not weights:
         return ""
-    names = subset_names((run.get("division") or {}).get("subsets", []))
+    names = names_of((run.get("division") or {}).get("subsets", []))
     width = max(map(len, weights.values()))
     names = names if len(names) == width else [f"w_{i}" for i in range(width)]
     lines = ["| model | " + " | ".join(names) + " |", "| --- |" + " ---: |" * width]

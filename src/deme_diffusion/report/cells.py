@@ -101,6 +101,12 @@ def signed(difference: float, margin: float | None, decimals: int) -> str:
     return f"{sign}{size}" if margin is None else f"{sign}{size} ± {_fixed(margin, decimals)}"
 
 
+def difference_said(difference: float, margin: float | None) -> str:
+    """A difference with digits of its own: two significant ones of its margin, or of itself where it has none."""
+    told = margin or difference
+    return signed(difference, margin, _decimals(told, 2) if told and math.isfinite(told) else 0)
+
+
 def ratio(value: float) -> str:
     """`4.0x`, `0.98x`, `12x`: two or three digits, more where it is near 1."""
     return f"{value:.{2 if value < 1.095 else 1 if value < 9.95 else 0}f}x"

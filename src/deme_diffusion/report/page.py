@@ -2,7 +2,8 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from deme_diffusion.division import names_of
 from deme_diffusion.files import write_text
 from deme_diffusion.report.ablation_page import ablation_section
-from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs, patterns, subset_names
+from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs, patterns
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
     Row,
@@ -49,6 +51,7 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
     environment = Environment(
         loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["pieces"] = _pieces
     rows: list[Row] = run.get("table") or []
     check_protocols(rows)
     return environment.get_template("page.html").render(
@@ -66,6 +69,7 @@ def render_page(run: Mapping[str, Any], folder: Path = Path()) -> str:
         division=_division(run),
         ablations=[ablation_section(content) for content in run.get("ablations") or ()],
         svg=_svg,
+        provenance=list(_provenance(run.get("provenance") or {})),
         loading=loading_lines(run) if run.get("merged_path") else "",
         needs=needs(run),
         seconds=_seconds,
@@ -79,6 +83,20 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def _svg(data: bytes) -> str:
     return data_uri(data, "image/svg+xml")
+
+
+def _pieces(text: str) -> list[str]:
+    """Text split where a line may break: after dots, commas, equals signs and underscores, not inside words."""
+    return re.split(r"(?<=[.,=_])(?=[^\s\d])", text)
+
+
+def _provenance(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What made the run: a name and a value each; what could not be found out is left out."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield name, ", ".join(f"{key} {inner}" for key, inner in value.items() if inner is not None)
+        elif value is not None:
+            yield name, str(value)
 
 
 def _verdict(rows: list[Row]) -> dict[str, Any] | None:
@@ -127,7 +145,7 @@ def _curves(run: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _names(run: Mapping[str, Any], count: int) -> list[str]:
     """The subsets by their ranges where the division is known, else w_0, w_1 ..."""
-    names = subset_names((run.get("division") or {}).get("subsets", []))
+    names = names_of((run.get("division") or {}).get("subsets", []))
     return names if len(names) == count else [f"w_{i}" for i in range(count)]
 
 
@@ -184,7 +202,7 @@ def _division(run: Mapping[str, Any]) -> dict[str, Any] | None:
     if not division:
         return None
     picture, total = division_picture(*division_tables(division)), division["num_train_timesteps"]
-    return {"src": _svg(picture), "names": subset_names(division["subsets"]), "total": total}
+    return {"src": _svg(picture), "names": names_of(division["subsets"]), "total": total}
 
 
 def _seconds(value: float) -> str:

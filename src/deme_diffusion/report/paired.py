@@ -8,26 +8,43 @@ from scipy.special import stdtr, stdtrit
 
 from deme_diffusion.report.cells import Figure
 
+ALIKE = 1e-9
+"""Differences whose deviation is a smaller share of their mean differ by rounding alone."""
+
 
 def paired_differences(ours: Figure, theirs: Figure) -> list[float] | None:
-    """Ours minus theirs for each seed; None unless both have values of the same two or more seeds."""
-    mine, others = ours.get("values"), theirs.get("values")
-    if not mine or not others or ours["seeds"] != theirs["seeds"] or not 2 <= len(mine) == len(others):
+    """Ours minus theirs for each seed that both have a value of, in our order; None where they are fewer than two."""
+    mine, others = _by_seed(ours), _by_seed(theirs)
+    common = [seed for seed in mine if seed in others]
+    return [mine[seed] - others[seed] for seed in common] if len(common) > 1 else None
+
+
+def _by_seed(figure: Figure) -> dict[int, float]:
+    values = figure.get("values") or []
+    return dict(zip(figure["seeds"], values, strict=True)) if len(values) == len(figure["seeds"]) else {}
+
+
+def all_alike(differences: Sequence[float]) -> bool:
+    """Whether n >= 2 differences are one number: a few seeds of a metric in whole steps may agree by chance."""
+    return statistics.stdev(differences) <= ALIKE * abs(statistics.fmean(differences))
+
+
+def margin_of(differences: Sequence[float]) -> float | None:
+    """Half the 95% interval of the mean of n >= 2 paired differences, by Student's t: t s / sqrt(n).
+
+    None where all are alike: a spread of 0 is none that seeds have shown.
+    """
+    if all_alike(differences):
         return None
-    return [a - b for a, b in zip(mine, others, strict=True)]
-
-
-def margin_of(differences: Sequence[float]) -> float:
-    """Half the 95% interval of the mean of n >= 2 paired differences, by Student's t: t s / sqrt(n)."""
     n = len(differences)
     return float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
 
 
-def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of n >= 2 paired differences under Student's t; 1 where all are 0, 0 where all are another number."""
+def p_value(differences: Sequence[float]) -> float | None:
+    """Two-sided p of n >= 2 paired differences under Student's t; None where all are alike."""
+    if all_alike(differences):
+        return None
     n, mean, deviation = len(differences), statistics.fmean(differences), statistics.stdev(differences)
-    if deviation == 0:
-        return 1.0 if mean == 0 else 0.0
     return 2 * float(stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation))
 
 

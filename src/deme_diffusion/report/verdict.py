@@ -9,15 +9,18 @@ from deme_diffusion.report.cells import Figure, Row, figure_decimals, metric_nam
 from deme_diffusion.report.paired import margin_of, paired_differences
 
 CONTROLS = ("all-timesteps", "soup", "all-timesteps-searched")
-Outcome = Literal["lower", "higher", "within", "one seed"]
+Outcome = Literal["lower", "higher", "within", "one seed", "alike"]
+UNKNOWN = frozenset({"one seed", "alike"})
+"""Outcomes without an interval."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """merged minus another model: `difference` ± `margin` over `seeds` seeds each.
 
-    With a value for each seed the margin is Student's 95% interval of the paired differences (the seeds of training
-    and sampling are shared); without, sqrt(s1^2 + s2^2).
+    With a value for each seed the margin is half of Student's 95% interval of the mean of the paired differences (the
+    seeds of training and sampling are shared). A table without values, as earlier versions wrote it, has
+    sqrt(s1^2 + s2^2): a rule of thumb, no interval of any stated confidence. Seeds that all differ alike give none.
     """
 
     metric: str
@@ -69,14 +72,20 @@ def _compare(metric: str, other: str, merged: Figure, theirs: Figure) -> Compari
     if seeds < 2 or merged["spread"] is None or theirs["spread"] is None:
         return Comparison(metric, other, merged, theirs, difference, None, seeds, "one seed")
     differences = paired_differences(merged, theirs)
-    margin = margin_of(differences) if differences else math.hypot(merged["spread"], theirs["spread"])
+    margin = _margin(differences) if differences else math.hypot(merged["spread"], theirs["spread"])
+    if margin is None:
+        return Comparison(metric, other, merged, theirs, difference, None, seeds, "alike")
     outcome: Outcome = "within" if abs(difference) <= margin else "lower" if difference < 0 else "higher"
     return Comparison(metric, other, merged, theirs, difference, margin, seeds, outcome)
 
 
+def _margin(differences: Sequence[float]) -> float | None:
+    return margin_of(differences) if any(differences) else 0.0
+
+
 def _helps(pairs: Sequence[Sequence[Comparison]]) -> bool | None:
     outcomes = {comparison.outcome for pair in pairs for comparison in pair}
-    if "one seed" in outcomes:
+    if outcomes & UNKNOWN:
         return None
     if outcomes != {"lower"}:
         return False
@@ -88,7 +97,7 @@ def _sentence(pair: Sequence[Comparison]) -> str:
     decimals = figure_decimals(figures)
     merged, *theirs = (number(figure, decimals) for figure in figures)
     metric = pair[0].metric
-    if any(c.outcome == "one seed" for c in pair):
+    if any(c.outcome in UNKNOWN for c in pair):
         listed = " and ".join(f"{c.other}'s {text}" for c, text in zip(pair, theirs, strict=True))
         return f"merged has {metric} {merged} against {listed}."
     start = _against_base(pair[0], f"{merged} against {theirs[0]}")
@@ -120,6 +129,8 @@ def _against_control(base: Outcome, c: Comparison, figure: str) -> str:
 def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
     if any(c.outcome == "one seed" for c in comparisons):
         return "Nothing can be concluded from one seed."
+    if alike := next((c for c in comparisons if c.outcome == "alike"), None):
+        return f"All {alike.seeds} seeds differ alike in {alike.metric}, which gives no interval to conclude from."
     if helps is None:
         return "Without a control of equal budget in every FD column, the gain cannot be credited to decoupling."
     if helps:
