@@ -424,7 +424,7 @@ def test_report_writes_the_page_of_a_finished_run_again(deme: Deme, copied: Path
 def test_report_of_an_unfinished_run_says_how_to_finish_it(deme: Deme, copied: Path) -> None:
     shutil.rmtree(copied.parent / "store" / "cost")
     line = deme("report", copied).refusal
-    assert line == f"{copied}: 1 stages are not done (cost of serving, ...); first: deme run {copied}"
+    assert line == f"{copied}: a stage is not done (cost of serving); first: deme run {copied}"
 
 
 def test_report_of_what_is_no_run(deme: Deme, copied: Path) -> None:

@@ -61,9 +61,9 @@ def test_dry_run_prints_one_object(deme: Deme, tmp_path: Path) -> None:  # noqa:
     planned = dry(deme, "plan.yaml")
     assert set(planned) == {"ablations", "steps", "problems"}
     first, second = planned["ablations"]
-    assert set(first) == {"name", "ablated_part", "action", "part", "metrics", "arms"}
+    assert set(first) == {"name", "ablated_part", "action", "part", "metrics", "measured", "arms"}
     assert (first["name"], first["action"], first["part"]) == ("No merging", "REMOVE", "merging")
-    assert [metric["asked"] for metric in first["metrics"]] == ["FID", "CLIP score"]
+    assert first["metrics"] == ["FID", "CLIP score"] == [metric["asked"] for metric in first["measured"]]
     (removed,) = first["arms"]
     assert removed == {"replacement": None, "change": {"merge.method": "none"}, "status": "ready", "reason": "",
                        "nearest": [], "score": 1.0}  # fmt: skip

@@ -117,3 +117,35 @@ def test_what_is_added_may_name_its_own_part() -> None:
     assert only("Loss of each expert", "ADD", "Min-SNR").change["decouple.loss_weighting"] == "min_snr"
     assert only("Loss of each expert", "ADD", "dropout").status == "not_executable"
     assert only("Attention maps", "ADD", "Min-SNR").status == "not_executable"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [", keeping channel projection", ", keeping just the 1x1 projection", " but keep the merging", " while keeping p"],
+)
+def test_what_is_kept_is_not_ablated(kept: str) -> None:
+    assert only(f"Consistency loss{kept}", "REMOVE").change == {"decouple.consistency_weight": 0.0}
+    both = only("Consistency loss (keeping p) and channel projection", "REMOVE").change
+    assert both == {"decouple.consistency_weight": 0.0, "decouple.projection": "none"}
+
+
+def test_a_learning_rate_is_relative_or_a_rate() -> None:
+    now = DIGITS.decouple.learning_rate
+    for text, factor in (("lr/10", 0.1), ("x0.1", 0.1), ("lr*0.1", 0.1), ("10x smaller", 0.1), ("10x larger", 10.0)):
+        assert only("Learning rate", "REPLACE", text).change["decouple.learning_rate"] == pytest.approx(factor * now)
+    assert only("Learning rate", "REPLACE", "5 x 10^-5").change == {"decouple.learning_rate": 5e-5}
+    assert only("Learning rate", "REPLACE", "10").status == "not_executable"
+
+
+def test_a_model_that_there_is_not_is_no_teacher() -> None:
+    assert only("Teacher", "REPLACE", "the frozen pretrained model").status == "same_as_baseline"
+    for text in ("a larger pretrained teacher", "the 2B pretrained teacher", "a frozen classifier"):
+        assert only("Teacher", "REPLACE", text).status == "not_executable"
+
+
+def test_steps_of_one_method_are_no_alternatives() -> None:
+    steps = only("Merge method", "REPLACE", "DARE with drop rate 0.9, followed by linear combination").change
+    assert steps["merge.method"] == "dare_linear" and steps["merge.options.density"] == pytest.approx(0.1)
+    assert only("Merge method", "REPLACE", "DARE, then TIES").change["merge.method"] == "dare_ties"
+    for text in ("TIES, then finetuning", "TIES followed by SLERP"):
+        assert only("Merge method", "REPLACE", text).status == "not_executable"

@@ -41,7 +41,8 @@ _CLAUSES = re.compile(
     r"\s-{1,3}\s|[:;()\[\]?!]|\.\s|, (?=which|where|so |in order|since|because)"
     r"|\b(?:once the|until the)\b"
     r"|\b(?:that|(?<!in )which|where|because|since|in order to|so that|so as to|thereby|suchas|thatis|whereby|aimed"
-    rf"|designed|instead of|rather than|as opposed to|compared|versus|unlike|to (?:{'|'.join(_PURPOSES.split())}))\b"
+    r"|designed|instead of|in place of|rather than|as opposed to|compared"
+    rf"|versus|unlike|to (?:{'|'.join(_PURPOSES.split())}))\b"
 )
 _BEFORE = "between|of|for|from|in|across|using|with|by|via|on|during|within|over|into|to|after|before|at|under"
 PREPOSITIONS = frozenset(map(stem, _BEFORE.split("|")))

@@ -21,7 +21,8 @@ def planned(experiment: Experiment) -> Content:
     """What will run: every arm with its change, or why it cannot be run; training steps shared and independent."""
     return {
         "ablations": [
-            {**_named(part), "arms": [_planned(trial) for trial in part.trials]} for part in experiment.parts
+            {**_named(part), **_asked(part), "arms": [_planned(trial) for trial in part.trials]}
+            for part in experiment.parts
         ],
         "steps": experiment.steps(),
         "problems": [asdict(problem) for problem in experiment.plan.problems],
@@ -34,9 +35,15 @@ def _named(part: Part) -> Content:
     return {**named, "part": resolved.part, "metrics": [_plain(asdict(metric)) for metric in resolved.metrics]}
 
 
+def _asked(part: Part) -> Content:
+    """The metrics as the plan names them; `measured` says what each stands for, or why there is none."""
+    return {"metrics": list(part.resolved.ablation.metrics), "measured": _named(part)["metrics"]}
+
+
 def _planned(trial: Trial) -> Content:
     names = ("replacement", "change", "status", "reason", "nearest", "score")
-    return {name: _plain(getattr(trial if name == "reason" else trial.arm, name)) for name in names}
+    said = {name: _plain(getattr(trial if name == "reason" else trial.arm, name)) for name in names}
+    return {**said, "score": round(trial.arm.score, 3)}
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ _DOING = ("finetun", "train", "decoupl", "separat")
 _ASSIGNED = re.compile(r"^(?:with |use |set )?[a-z]+ ?(?:=|:|in\b|∈)")
 _JOINING = ("", "or", "and", "to", "versus", "vs", "e", "per", "for", "with", "in", "at", "instead", "each")
 _BREAK = re.compile(r"\s*(?:,|;|/|\||&|\bor\b|\band\b|\bversus\b|\bsuchas\b)\s*")
+_THEN = re.compile(r"[\s,;]*(?:\band )?\b(?:followed by|then|afterwards|and after that)\b")
 _EACH = re.compile(
     r"\b(?:per|each|every)[ -](?:\w+ )?(?:expert|range|model|segment|subset|specialist|branch|partition)"
 )
@@ -194,14 +195,14 @@ def _best(part: Part, text: str) -> float:
 def _listed(part: Part, text: str) -> list[tuple[str, _Fit]]:
     """The pieces of a list with the replacement of each, where every piece that says something has one."""
     text = next((clause for clause in _REASONS.split(text) if concepts(clause)), text)
-    pieces, found = [piece for piece in _BREAK.split(text) if concepts(piece) or numbers(piece)], []
+    pieces = [piece for piece in _BREAK.split(_THEN.sub(" with ", text)) if concepts(piece) or numbers(piece)]
+    found: list[tuple[str, _Fit]] = []
     for piece in pieces:
         fits = _fits(part, piece)
-        if not fits or fits[0].score < LOOSE.least:
-            if concepts(piece):
-                return []
-            continue
-        found.append((piece, fits[0]))
+        if fits and fits[0].score >= LOOSE.least:
+            found.append((piece, fits[0]))
+        elif concepts(piece):
+            return []
     whole = [pair for pair in found if not any(_within(pair[1], other) for _, other in found)]
     return whole if len({fit.replacement.name for _, fit in whole}) > 1 else []
 
@@ -261,9 +262,7 @@ def _numeric(part: Part, text: str, recipe: Recipe, each: bool) -> Iterator[Choi
 
 
 def _own_numbers(part: Part, text: str, *, strict: bool) -> list[Number]:
-    if part.numeric is None:
-        return []
-    if _VARYING.search(text):
+    if part.numeric is None or _VARYING.search(text):
         return []  # a value that changes is not one
     symbols, units = part.numeric.symbols, part.numeric.units
     every = numbers(text)

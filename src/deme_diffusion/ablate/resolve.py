@@ -10,7 +10,7 @@ from typing import Any
 from deme_diffusion.ablate import replacing
 from deme_diffusion.ablate.arms import Arm, Resolved
 from deme_diffusion.ablate.consequences import applied, completed, idle, taken_along
-from deme_diffusion.ablate.matching import LOOSE, score, strangeness
+from deme_diffusion.ablate.matching import LOOSE, concepts, score, strangeness
 from deme_diffusion.ablate.metrics import metrics_of
 from deme_diffusion.ablate.parts import PARTS, family
 from deme_diffusion.ablate.plan import Ablation
@@ -25,6 +25,24 @@ _STRANGE = 0.34
 """More of a text that is of no vocabulary than this, and it speaks of something else."""
 _SURE = 0.7
 """What is added names its own part only where it scores so well."""
+_ELSE = re.compile(
+    r"\b(?:(?:larger|smaller|bigger|stronger|weaker|newer|older)\b(?: [\w-]+){0,2}? (?:teacher|model|network)"
+    r"|(?:other|another|(?:an?|some) different)(?: [\w-]+)? (?:pretrained|pre-trained|teacher))\b",
+    re.IGNORECASE,
+)
+"""Names a model that the recipe does not have."""
+_THEN_TRAINED = re.compile(
+    r"\b(?:followed by|then|afterwards)\b.*(?:tuning|tuned|training|trained|distil)", re.IGNORECASE
+)
+_STAYING = "keeping|retaining"
+_SHARE = r"(?!.*(?:%|\btop\b|largest))"
+_KEPT = re.compile(
+    rf"\(\s*(?:but |while )?(?:{_STAYING}){_SHARE}[^()]*\)"
+    rf"|(?:[,;(]\s*(?:(?:and|but|while) )?|\b(?:and|but|while)(?: still)? )(?:{_STAYING}|keep|retain)\b{_SHARE}.*"
+    rf"|[\s,;(]*\b(?:(?:{_STAYING}) (?:only|just|everything|all){_SHARE}|without (?:changing|touching|altering))\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What stays as it is, and is therefore not ablated."""
 _OTHER = re.compile(r"\b(?:another|(?:an?|some) (?:different|other|alternative))\b", re.IGNORECASE)
 
 
@@ -33,14 +51,21 @@ def resolve(ablation: Ablation, recipe: Recipe) -> Resolved:
     metrics = metrics_of(ablation.metrics)
     if ablation.change or ablation.changes:
         return Resolved(ablation, _part_of(ablation), metrics, tuple(_exact(ablation, recipe)), 1.0)
+    asked, ablation = ablation, replace(ablation, ablated_part=_without_kept(ablation.ablated_part))
     found = spoken(ablation)
     if found.part is None and ablation.action == "ADD" and (added := _named_by_what_is_added(ablation, recipe)):
-        return Resolved(ablation, added[0], metrics, added[1], found.score)
+        return Resolved(asked, added[0], metrics, added[1], found.score)
     if found.part is None:
         arms = [_refused(text, found.reason, found.nearest, found.score) for text in _texts(ablation)]
-        return Resolved(ablation, None, metrics, tuple(arms), found.score)
+        return Resolved(asked, None, metrics, tuple(arms), found.score)
     arms = _several(ablation, found, recipe) if found.several else _arms(ablation, found.part, found.score, recipe)
-    return Resolved(ablation, found.part.name, metrics, tuple(arms), found.score)
+    return Resolved(asked, found.part.name, metrics, tuple(arms), found.score)
+
+
+def _without_kept(text: str) -> str:
+    """A text without what it says is kept: `all three, keeping only the merging` ablates no merging."""
+    rest = _KEPT.sub(" ", text).strip()
+    return rest if rest and concepts(normalised(rest)) else text
 
 
 def _arms(ablation: Ablation, part: Part, sure: float, recipe: Recipe) -> list[Arm]:
@@ -139,6 +164,13 @@ def _several(ablation: Ablation, found: Spoken, recipe: Recipe) -> list[Arm]:
 def replaced(part: Part, text: str, recipe: Recipe, context: str = "", *, label: str | None = "") -> list[Arm]:
     """The arms that one replacement text means."""
     given = text if label == "" else label
+    if _ELSE.search(text) and not numbers(normalised(text)):
+        reason = (
+            f"{text!r} is a model that the recipe does not have; {part.name} takes {'; '.join(replacing.takes(part))}"
+        )
+        return [_refused(given, reason, replacing.takes(part), 0.0)]
+    if part.path.startswith("merge.") and _THEN_TRAINED.search(text):
+        return [_refused(given, "nothing is trained after merging", replacing.takes(part), 0.0)]
     meant = replacing.meant(part, text, recipe, context)
     if not meant.choices and (named := replacing.value_of(part, text, context)):
         meant = replacing.meant(part, named, recipe, context)

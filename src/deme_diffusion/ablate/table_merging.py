@@ -15,7 +15,7 @@ _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "task_arithmetic": ("task arithmetic", ("weighted average", "interpolation", "sum of task vectors")),
     "average": ("simple average", ("average", "average of the weights", "uniform average", "average the experts")),
     "ties": ("TIES", ("ties",)),
-    "dare_linear": ("DARE", ("dare",)),
+    "dare_linear": ("DARE", ("dare", "dare with task arithmetic", "dare with linear combination")),
     "dare_ties": ("DARE-TIES", ("dare with ties",)),
     "breadcrumbs": ("Breadcrumbs", ("breadcrumbs",)),
     "della": ("DELLA", ("della",)),

@@ -56,7 +56,12 @@ PROJECTION = Part(
             "none", ("identity", "fixed identity", "identity without projection"), {"decouple.projection": "none"}
         ),
         Replacement("after residual branches", ("residual", "residual placement"), {"decouple.projection": "residual"}),
-        Replacement("after every block", ("block", "after every block"), {"decouple.projection": "block"}),
+        Replacement(
+            "after every block",
+            ("block", "after every block"),
+            {"decouple.projection": "block"},
+            pattern=r"^after (?:every|each|all) down\w*\W+(?:and )?(?:mid\w*\W+)?(?:and )?up\w* ?blocks?\b",
+        ),
         Replacement(
             "spatial", ("spatial", "depthwise 3x3 convolution", "spatial depthwise projection"), _spatial("spatial")
         ),

@@ -8,6 +8,7 @@ from deme_diffusion.ablate.rows import Change, Numeric, Part, Replacement, Varia
 from deme_diffusion.ablate.table_division import ONE_MODEL, whole
 from deme_diffusion.ablate.text import Number
 from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
 
 
 def _steps(recipe: Recipe, number: Number) -> Change:
@@ -27,6 +28,13 @@ def _min_snr(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Varia
     if len(gammas) < 2:
         return [("", {**change, **({"decouple.snr_gamma": gammas[0]} if gammas else {})})]
     return [(f"Min-SNR, gamma {gamma:g}", {**change, "decouple.snr_gamma": gamma}) for gamma in gammas]
+
+
+def _rate(recipe: Recipe, number: Number) -> Change:
+    rate = number.of(recipe.decouple.learning_rate)
+    if rate > 1:
+        raise UserError(f"a learning rate of {rate:g}? a rate is at most 1; a factor is said as 10x, or lr/10")
+    return {"decouple.learning_rate": rate}
 
 
 WEIGHTING = Part(
@@ -126,7 +134,7 @@ RATE = Part(
     synonyms=("lr", "finetuning lr", "lr of the experts", "lr of training", "lr weight"),
     actions=("REPLACE",),
     numeric=Numeric(
-        lambda recipe, number: {"decouple.learning_rate": number.of(recipe.decouple.learning_rate)},
+        _rate,
         ("lr", "rate"),
         ("lr", "learn", "smaller", "larger", "lower", "higher", "the"),
         ("1e-4", "half"),
@@ -139,10 +147,19 @@ SCHEDULE = Part(
     name="learning rate schedule",
     description="how the learning rate changes during the finetuning",
     path="decouple.lr_scheduler",
-    synonyms=("schedule", "cosine lr", "linear lr", "constant lr", "cosine schedule"),
+    synonyms=(
+        "schedule",
+        "cosine lr",
+        "linear lr",
+        "constant lr",
+        "cosine schedule",
+        "constant lr schedule",
+        "cosine lr schedule",
+    ),
     actions=("REMOVE", "REPLACE"),
     off={"decouple.lr_scheduler": "constant"},
     is_on=lambda recipe: recipe.decouple.lr_scheduler != "constant",
+    exact=True,
     replacements=(
         Replacement("cosine", ("cosine", "cosine schedule", "cosine lr"), {"decouple.lr_scheduler": "cosine"}),
         Replacement("linear", ("linear", "linear schedule", "linear lr"), {"decouple.lr_scheduler": "linear"}),

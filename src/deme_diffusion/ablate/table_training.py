@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deme_diffusion.ablate import table_models
-from deme_diffusion.ablate.rows import Numeric, Part, Replacement
+from deme_diffusion.ablate.matching import concepts
+from deme_diffusion.ablate.rows import Numeric, Part, Replacement, Variant
+from deme_diffusion.ablate.text import Number
 from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
 
 _DEFAULTS = Recipe().decouple
+_OF_TEACHER = frozenset(["frozen", "pretrained", "teacher", "consistency", "expert", "weight", "loss", "?copy"])
 
 
 def _when(active: bool, reason: str) -> str:
     return "" if active else reason
+
+
+def _frozen(recipe: Recipe, text: str, numbers: Sequence[Number]) -> list[Variant]:
+    """The pretrained model, where the text says no more: any other model is none that the recipe has."""
+    if any(letter.isdigit() for letter in text) or (more := sorted(frozenset(concepts(text)) - _OF_TEACHER)):
+        said = (
+            "with a number"
+            if any(letter.isdigit() for letter in text)
+            else f"of {', '.join(word.removeprefix('?') for word in more)}"
+        )
+        raise UserError(f"a teacher {said}? it is the recipe's own pretrained model, or a running average")
+    return [("", {"decouple.teacher": "frozen"})]
 
 
 TECHNIQUES = Part(
@@ -171,7 +189,7 @@ TEACHER = Part(
         Replacement(
             "frozen",
             ("frozen", "pretrained", "pretrained teacher", "frozen pretrained model"),
-            {"decouple.teacher": "frozen"},
+            _frozen,
         ),
         Replacement(
             "EMA", ("ema", "ema of the student", "ema teacher"), {"decouple.teacher": "ema", "decouple.use_ema": True}

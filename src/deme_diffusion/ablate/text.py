@@ -35,6 +35,11 @@ _SPELLINGS = (
     (r"\u03bb", "lambda "),
     (r"\u03b3", "gamma "),
     (r"\u03b7", "eta "),
+    (
+        r"\b(?:eta|lr|learning rate|lambda|gamma|p|current|baseline|default)\s*/\s*(\d+(?:\.\d+)?)(?!\s*/|\d|e|\.\d)",
+        r"\1x smaller",
+    ),
+    (r"\b(\d+(?:\.\d+)?)\s*[x\u00b7]\s*(?:eta|lr|learning rate|lambda)\b", r"\1x"),
     (r"\bsnr\s*\+\s*(?:1|one)\b|\bsnr plus (?:1|one)\b", "snrplusone"),
     (r"\bmax\s*\(\s*snr\s*,\s*1\s*\)", "truncated snr"),
     (r"\bmin\s*[\s(-]\s*snr\b(?:\s*,\s*(?:gamma|5)\s*\))?", "minsnr"),
@@ -43,7 +48,7 @@ _SPELLINGS = (
     (r"\bdpm[- ]?solver(?:-\d+)?\b", "dpmsolver"),
     (r"\bkdpm[- ]?2\b|\bdpm-?2\b", "kdpm "),
     (r"\b1\s*x\s*1\b", "onebyone"),
-    (r"\bx\s?(\d+(?:\.\d+)?)\b", r"\1x"),
+    (r"\bx\s?(\d+(?:\.\d+)?)\b(?!\s?\^)", r"\1x"),
     (r"[\[(]\s*0\s*,\s*t\s*[\])]", " full range "),
     (r"(?<=\w)(?:'|\u2019)s\b", ""),
     (r"\b(?:combination|joint use|combined use|interaction) of\b(?=.*\band\b)", " "),
@@ -52,10 +57,11 @@ _SPELLINGS = (
     (r"\b2\s*n\b", "double"),
     (r"\b3\s*x\s*3\b", "threebythree"),
     (r"\biso[- ]c\b", "isoc"),
-    (r"\bdare\s*\+\s*ties\b|\bties\s*\+\s*dare\b", "dare ties"),
+    (r"\bdare(?:\s*\+|,? (?:and )?(?:then|followed by))\s*ties\b|\bties\s*\+\s*dare\b", "dare ties"),
     (r"\beuler[- ]?a\b", "eulerancestral"),
     (r"\bclipp(?:ed|ing)\b|\bclip(?= (?:the |gradient|norm|by|at))", "clamped"),
     (r"(?<=\d)\s?(k|m)?\s?its\b", r"\1 iterations"),
+    (r"\bproj\b\.?", "projection"),
     (r"\bprob\.(?=\s*[a-z])", "probabilistic "),
     (r"\b8-?bits?\b", "eightbit"),
     (r"\b(?:16|32)-?bits?\b", "fullbit"),
@@ -135,6 +141,7 @@ def normalised(text: str) -> str:
     """Lower case, ASCII dashes, one spelling of what is spelt in several ways; accents and markup gone."""
     text = unicodedata.normalize("NFKD", text[:LONGEST].replace("\u00d7", "x")).casefold()
     text = "".join(c for c in text if not unicodedata.combining(c))
+    text = re.sub(r"(?<=[a-z])\*(?=\d[\d.]*(?![\d.*]))", " x ", text)  # lr*0.1
     text = re.sub(r"[*_`$\\{}\"“”]+", " ", re.sub(r"(?<=\w)_(?=\w)", " ", text))
     for pattern, new in _COMPILED:
         text = pattern.sub(new, text)

@@ -55,7 +55,8 @@ TRAINING: dict[str, str] = {
     "loss": "loss, objective, penalty, regularization, regularizer, loss function, loss term, criterion, "
     "regularisation, constraint, loss component, regularization term, regularizing, penalize, penalizing, penalised, "
     "penalises, auxiliary loss, auxiliary objective, error term, regularise, regularize, regularised, extra term, "
-    "extra loss, loss contribution, secondary loss, additional loss",
+    "extra loss, loss contribution, secondary loss, additional loss, noise prediction mse, noise prediction loss, "
+    "noise prediction error, denoising mse",
     "projection": "projection, projector, projection layer, projection matrix, onebyone convolution, onebyone conv, "
     "projection module, linear projection, feature projection, projecting, onebyone, channel mixing, channel mixer, "
     "projection head, feature transformation, transformation matrix, linear map, linear transform, linear layer, "
