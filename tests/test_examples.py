@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deme_diffusion.ablate import read_plan
+from deme_diffusion.ablate.resolve import resolve
+from deme_diffusion.recipes import load
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = [
     "decouple.total_steps=4",
@@ -56,3 +60,15 @@ def test_own_images_and_model(place: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_there_is_a_test_for_every_example() -> None:
     assert {file.stem for file in EXAMPLES.glob("*.py")} == {"digits_step_by_step", "own_images_and_model"}
+
+
+def test_the_plan_of_the_readme_can_be_carried_out_whole() -> None:
+    plan, recipe = read_plan(EXAMPLES / "plan.md"), load("digits").recipe
+    arms = [arm for ablation in plan.ablations for arm in resolve(ablation, recipe).arms]
+    assert not plan.problems and [arm.status for arm in arms] == ["ready"] * 4
+    assert [dict(arm.change) for arm in arms] == [
+        {"merge.method": "none"},
+        {"decouple.division": "overlapping", "decouple.overlap": 0.5},
+        {"decouple.division": "log_snr"},
+        {"decouple.consistency_weight": 0.0},
+    ]
