@@ -70,6 +70,7 @@ def make_pico_values(pipeline: Path | str) -> dict[str, Any]:
             "num_images": 16,
             "loss": {"draws": 1},
         },
+        "analyze": {"figures": []},
         "runtime": {"device": "cpu", "threads": 1},
     }
 

@@ -8,7 +8,16 @@ import deme_diffusion
 
 ROOT = Path(deme_diffusion.__file__).parent
 BELOW_DATA = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance"]
-BELOW_DATA += ["artefacts", "digests", "weight_files", "weights", "schedule", "divisions", "similarity_file"]
+BELOW_DATA += [
+    "artefacts",
+    "digests",
+    "weight_files",
+    "weights",
+    "schedule",
+    "divisions",
+    "similarity_file",
+    "figure_file",
+]
 BELOW_SIBLINGS = [*BELOW_DATA, "data", "models"]
 MAY_IMPORT = {
     "errors": [],
@@ -21,6 +30,7 @@ MAY_IMPORT = {
     "schedule": ["errors"],
     "divisions": ["errors", "files", "config", "rng", "division"],
     "similarity_file": ["errors", "files", "division", "divisions"],
+    "figure_file": ["errors", "files"],
     "provenance": ["files"],
     "artefacts": ["errors", "files", "config", "rng", "division", "provenance"],
     "digests": ["errors", "files", "artefacts"],
@@ -32,13 +42,15 @@ MAY_IMPORT = {
     "merging": [*BELOW_DATA, "data", "models.projection", "models.placement"],
     "evaluation": BELOW_SIBLINGS,
     "analysis": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation"],
-    "report": ["errors", "files", "config", "division", "artefacts"],
+    "report": ["errors", "files", "config", "division", "figure_file", "artefacts"],
     "pipeline": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "analysis", "report"],
     "doctor": [*BELOW_SIBLINGS, "decoupling", "merging", "evaluation", "report", "pipeline"],
     "ablate": [*BELOW_SIBLINGS, "merging", "evaluation", "report", "pipeline"],
     "planner": [*BELOW_DATA, "report", "pipeline", "ablate"],
+    "playground": [*BELOW_SIBLINGS, "merging", "evaluation", "report", "pipeline"],
     "cli": [
         *BELOW_SIBLINGS,
+        "playground",
         "decoupling",
         "merging",
         "evaluation",
@@ -52,7 +64,7 @@ MAY_IMPORT = {
 MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
-TORCH_FREE += ["weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
+TORCH_FREE += ["figure_file", "weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
 TORCH_FREE += ["digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
 TORCH_FREE += [
     "ablate",
@@ -71,6 +83,7 @@ TORCH_FREE += [
         "graph",
         "models",
         "dividing",
+        "figures",
         "node",
         "inputs",
         "estimate",

@@ -1,1 +1,1 @@
-"""What is learned about models beside their scores: their gradients. Arrays out; nothing is drawn."""
+"""What is learned about models beside their scores: the data of the paper's figures. Arrays out; nothing is drawn."""

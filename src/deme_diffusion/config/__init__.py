@@ -4,6 +4,7 @@ A recipe is one `Recipe`. Settings that diffusers' scripts have keep their names
 value, so an ablation is one override.
 """
 
+from deme_diffusion.config.analysis import FIGURES, AnalyzeSettings, FigureName
 from deme_diffusion.config.base import Settings
 from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, LossSettings, SamplerSettings
 from deme_diffusion.config.inputs import (
@@ -19,11 +20,14 @@ from deme_diffusion.config.recipe import Recipe, RuntimeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, TrainSettings
 
 __all__ = [
+    "FIGURES",
+    "AnalyzeSettings",
     "AugmentSettings",
     "DataSettings",
     "DecoupleSettings",
     "EvaluateSettings",
     "ExtractorSettings",
+    "FigureName",
     "LossSettings",
     "MergeSettings",
     "MethodName",

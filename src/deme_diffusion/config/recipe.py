@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from deme_diffusion.config.analysis import AnalyzeSettings
 from deme_diffusion.config.base import NonNegative, Positive, Settings
 from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings
 from deme_diffusion.config.inputs import DataSettings, ModelSettings, SimilaritySettings
@@ -53,6 +54,7 @@ class Recipe(Settings):
     decouple: DecoupleSettings = DecoupleSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    analyze: AnalyzeSettings = AnalyzeSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="before")

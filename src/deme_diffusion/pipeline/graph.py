@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deme_diffusion.artefacts import Store
-from deme_diffusion.config import Recipe, SamplerSettings
+from deme_diffusion.config import FigureName, Recipe, SamplerSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import Runs, uniform, whole
 from deme_diffusion.evaluation.samplers import check_sampler
-from deme_diffusion.pipeline import extractors, images, merges
+from deme_diffusion.pipeline import extractors, figures, images, merges
 from deme_diffusion.pipeline.dividing import check_weightings, inner_edges
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.models import Models, served_ranges
@@ -55,6 +55,31 @@ class Graph(Models):
                 self._evaluated(served, seed)
         self._evaluated(Served(REAL_IMAGES, ()), recipe.seeds[0])
         self.cost = self.cost_of(self.served[recipe.seeds[0]])
+        self.figures: dict[FigureName, list[Node]] = {}
+        for name in recipe.analyze.figures:
+            self.figure(name)
+
+    def figure(self, name: FigureName) -> list[Node]:
+        """The stages of one of the paper's figures; of one that the recipe leaves out they come into the graph here."""
+        if name not in self.figures:
+            self.figures[name] = figures.stages(self, name)
+        return self.figures[name]
+
+    def add_figure(
+        self,
+        name: FigureName,
+        label: str,
+        covered: Mapping[str, Any],
+        parents: Mapping[str, Node | Input],
+        seed: int | None,
+        images: int,
+    ) -> Node:
+        """A stage of a figure by what shapes it (`pipeline.figures`)."""
+        return self._add(name, label, covered, parents, seed, images=images)
+
+    def waiting_for_ranges(self) -> dict[str, Any]:
+        """What sets keys apart whose ranges of the loss wait for the division."""
+        return self.waiting() if self.recipe.evaluate.loss_ranges is None else {}
 
     # -- the models of the table -------------------------------------------------------------------
 
@@ -111,7 +136,7 @@ class Graph(Models):
         parents |= {"published": self.published} if self.published else {}
         if served.parts:
             covered |= {"ranges": self.loss_ranges, "loss": settings.loss.changed()}
-            covered |= self._waiting() if settings.loss_ranges is None else {}
+            covered |= self.waiting_for_ranges()
             parents |= {"data": self.data, **_model_parents(served, self.base)}
         arguments = {"served": served, "samples": list(features)}
         label = self._named(f"evaluate {served.name}", seed)

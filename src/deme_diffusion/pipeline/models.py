@@ -79,7 +79,7 @@ class Models(Vertices):
         settings = self.recipe.decouple
         covered = {k: v for k, v in settings.effective().items() if k not in SPLITTING}
         covered |= {"subset": subset, "steps": steps, "learning_rate": learning_rate}
-        covered |= {} if subset == whole(self.division.num_timesteps) else self._waiting()
+        covered |= {} if subset == whole(self.division.num_timesteps) else self.waiting()
         covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
         arguments = {"subset": subset, "steps": steps, "learning_rate": learning_rate, "copy": copy}
         parents = {"base": self.base, "data": self.data}
@@ -95,7 +95,7 @@ class Models(Vertices):
         loss = self.recipe.evaluate.loss.changed()
         covered = shaping(settings, how.method.name) | how.model
         covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
-        covered |= {"ranges": served_ranges(self.division), **self._waiting()}
+        covered |= {"ranges": served_ranges(self.division), **self.waiting()}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
         parents |= self.informed(how, experts, seed)
         label = self._named(f"{label} weights", seed)
@@ -129,11 +129,18 @@ class Models(Vertices):
 
     def compared(self) -> Node:
         """The similarity of the base's gradients; where no division needs it, the stage comes into the graph here."""
+        return self.similarity_within(None)
+
+    def similarity_within(self, subset: Runs | None) -> Node:
+        """The same within a subset of the timesteps, in as many bins or as it has timesteps; None is all of [0, T)."""
         settings = self.recipe.similarity
         covered = {key: value for key, value in settings.changed().items() if key != "seed"}
-        parents = {"base": self.base, "data": self.data}
         label = f"similarity of gradients in {settings.bins} bins"
-        return self._add("similarity", label, covered, parents, settings.seed)
+        everything = subset is None or subset == whole(self.division.num_timesteps)
+        if subset is not None and not everything:
+            covered, label = covered | {"within": subset} | self.waiting(), f"{label} of {name_of(subset)}"
+        parents, arguments = {"base": self.base, "data": self.data}, {"subset": None if everything else subset}
+        return self._add("similarity", label, covered, parents, settings.seed, arguments=arguments)
 
     def _divide(self, store: Store | None) -> None:
         """Set the division; `provisional` where it is by gradients that were not compared yet, and a uniform one."""
@@ -143,7 +150,7 @@ class Models(Vertices):
         self.division = dividing.division_of(self.recipe, self.base, found)
         self.remarks = dividing.remarks(self.recipe, self.division)
 
-    def _waiting(self) -> dict[str, Any]:
+    def waiting(self) -> dict[str, Any]:
         """What sets keys apart that hold a placeholder."""
         return {WAITING: self.similarity.digest} if self.provisional and self.similarity else {}
 

@@ -25,13 +25,18 @@ StageName = Literal[
     "features",
     "evaluate",
     "cost",
+    "activations",
+    "landscape",
+    "plane",
+    "vectors",
+    "trajectory",
 ]
 
 VERSIONS: dict[StageName, int] = {
     "data": 2,  # splits are shuffled once, max_images is a random choice
     "pretrain": 1,
     "extractor": 1,
-    "similarity": 1,
+    "similarity": 2,  # what it was taken on beside
     "decouple": 1,
     "fisher": 1,
     "search": 2,  # the value of the base beside
@@ -40,6 +45,11 @@ VERSIONS: dict[StageName, int] = {
     "features": 2,  # logits too; the statistics of real images beside
     "evaluate": 3,  # density, coverage, Inception score
     "cost": 3,  # load time
+    "activations": 1,
+    "landscape": 1,
+    "plane": 1,
+    "vectors": 1,
+    "trajectory": 1,
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""
 
@@ -124,3 +134,8 @@ class Vertices:
     def of_stage(self, stage: str) -> Iterator[Node]:
         """All stages of one name."""
         return (node for node in self.nodes if node.stage == stage)
+
+
+def figure_file(node: Node) -> str:
+    """Name of the data that a figure's stage leaves in its folder."""
+    return f"{node.stage}.npz"

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from deme_diffusion.artefacts import Artefact, Store
-from deme_diffusion.config import Recipe
+from deme_diffusion.config import FigureName, Recipe
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
 from deme_diffusion.pipeline import found, table
 from deme_diffusion.pipeline.engine import run_stages
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.merges import HowToMerge
-from deme_diffusion.pipeline.node import MERGE, Node
+from deme_diffusion.pipeline.node import MERGE, Node, figure_file
 from deme_diffusion.processes import is_main
 from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
 from deme_diffusion.report.ablation_record import check_record
 from deme_diffusion.report.card import model_card
+from deme_diffusion.report.drawing.gallery import draw_figures
 from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.report.page import write_page
 from deme_diffusion.report.tables import Row, write_table
@@ -193,11 +194,23 @@ class Run:
             "base_model": self.graph.base.label,
             "merged_path": str(self.merged),
             "ablations": self._experiments(),
+            "figures": self.draw(list(self.graph.figures)),
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
             content["lost_gains"] = found.lost_gains(self.graph, self.store, rows)
         return content
+
+    def draw(self, names: Sequence[FigureName]) -> list[dict[str, Any]]:
+        """Draw those of these figures whose data are there; what was drawn already is not drawn again."""
+        data: dict[FigureName, dict[str, Path]] = {}
+        for name in names:
+            found = {}
+            for i, node in enumerate(self.graph.figure(name)):
+                if (artefact := self.store.find(node.key)) is not None:
+                    found[f"{name}-{i}" if i else name] = artefact.path(figure_file(node))
+            data |= {name: found} if found else {}
+        return draw_figures(self.folder, data)
 
     def _experiments(self) -> list[dict[str, Any]]:
         """What the experiments in this folder found; a record that cannot be shown is told and left out."""

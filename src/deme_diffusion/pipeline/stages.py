@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_diffusion.analysis.similarity import write_similarity
 from deme_diffusion.artefacts import WORK
 from deme_diffusion.config import Recipe
 from deme_diffusion.data.index import make_index
@@ -32,10 +31,11 @@ from deme_diffusion.merging.write import write_into
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.pipeline.analysing import Analysing
 from deme_diffusion.pipeline.inputs import TRAINED_ON, trained_on
 from deme_diffusion.pipeline.merges import HowToMerge
-from deme_diffusion.pipeline.node import SIMILARITY, Node
-from deme_diffusion.pipeline.searching import SEARCH, Searching, experts_of
+from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.searching import SEARCH, experts_of
 from deme_diffusion.pipeline.workbench import seed_of_node
 from deme_diffusion.processes import is_main
 from deme_diffusion.report.card import expert_card, model_card
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 PREVIEW_IMAGES = 64
 
 
-class Stages(Searching):
+class Stages(Analysing):
     """Each method `_<stage>` fills the folder of one stage: here those that train and merge."""
 
     def make(self, node: Node) -> Callable[[Path], Mapping[str, Any] | None]:
@@ -91,18 +91,6 @@ class Stages(Searching):
             card = expert_card(node.label, self.graph.base.label, name, kind, projected=projected, averaged=averaged)
             write_text(folder / "README.md", card)
         return results
-
-    def _similarity(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        settings, batch_size = self.recipe.similarity, self.recipe.decouple.train_batch_size
-        return write_similarity(
-            folder / SIMILARITY,
-            self.denoiser,
-            self.splits["train"],
-            settings,
-            batch_size=batch_size,
-            checkpointing=self.recipe.runtime.gradient_checkpointing,
-            partial=folder / WORK,
-        )
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)

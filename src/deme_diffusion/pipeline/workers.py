@@ -13,13 +13,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_diffusion import processes
 from deme_diffusion.artefacts import Store
-from deme_diffusion.config import Recipe, RuntimeSettings
-from deme_diffusion.errors import MachineError
+from deme_diffusion.config import FIGURES, Recipe, RuntimeSettings
+from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 
@@ -67,6 +68,9 @@ def _graph(text: str) -> Graph:
     graph = Graph(Recipe.model_validate_json(text), download=True)
     graph.fishers()  # which the parent may have asked for, whatever the recipe's method or division
     graph.compared()
+    for name in FIGURES:
+        with suppress(UserError):  # of a figure that nobody asked for, whatever is wrong with it
+            graph.figure(name)
     return graph
 
 

@@ -1,0 +1,29 @@
+"""What finetuning changes in the activations, along channels and along space (Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deme_diffusion.config import AnalyzeSettings
+from deme_diffusion.models.objective import FixedNoise
+
+Load = Callable[[], nn.Module]
+"""Gives a model as it is served: folded, in eval mode, on its device."""
+
+
+def write_activations(
+    path: Path,
+    noise: FixedNoise,
+    base: nn.Module,
+    experts: Sequence[Load],
+    merged: Load | None,
+    settings: AnalyzeSettings,
+    *,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,13 @@
+"""The loss landscape around the pretrained model (Fig. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deme_diffusion.figure_file import FigureData
+from deme_diffusion.report.drawing.picture import Picture
+
+
+def pictures(data: Sequence[FigureData]) -> list[Picture]:
+    """To come."""
+    raise NotImplementedError
