@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from browser import browser, chromium  # noqa: F401  (fixtures)
 from deme_diffusion.config import DataSettings, PretrainSettings, Recipe
 from deme_diffusion.data.splits import Split, SplitName, load_splits
 from deme_diffusion.evaluation.extractors.classifier import CONFIG, WEIGHTS, SmallClassifier

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from ablations import DDIM, DDPM, FD, RECALL, ablation, arm, costs, experiment, figure, published, sampled
 from deme_diffusion.division import Division, uniform
-from deme_diffusion.report import ablation_page
+from deme_diffusion.report import ablation_page, figures
 from deme_diffusion.report.ablation import rich_tables, verdicts, write_ablation
 from deme_diffusion.report.ablation_costs import steps_of
 from deme_diffusion.report.ablation_effects import columns_of, compare, score_of
 from deme_diffusion.report.ablation_text import to_csv, to_markdown
+from deme_diffusion.report.album import Album
 from deme_diffusion.report.cells import difference_said, direction, ratio, signed
 from deme_diffusion.report.figures import division_picture
 from deme_diffusion.report.page import render_page
@@ -555,11 +556,11 @@ def test_equal_divisions_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None
         drawn.append(len(member))
         return division_picture(member, route)
 
-    monkeypatch.setattr(ablation_page, "division_picture", counted)
+    monkeypatch.setattr(figures, "division_picture", counted)
     arms = [arm("halves", division=uniform(2, 997)), arm("thirds", division=uniform(3, 997))]
     content = experiment(*(ablation(*arms, name=f"ablation {i}") for i in range(4)))
     content["baseline"]["division"] = uniform(4, 997).as_dict()
-    parts = ablation_page.ablation_section(content)["parts"]
+    parts = ablation_page.ablation_section(content, Album())["parts"]
     assert [len(part["divisions"]) for part in parts] == [3, 3, 3, 3]
     assert sorted(drawn) == [2, 3, 4]
 

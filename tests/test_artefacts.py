@@ -239,7 +239,8 @@ def test_waiting_for_a_lock_is_said_once_and_ends(store: Store, caplog: pytest.L
 def test_provenance_is_json_and_knows_what_is_installed() -> None:
     found = provenance.provenance()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert set(found) == {"python", "platform", "processors", "versions", "git"}
+    machine = {"platform", "processors", "processor", "memory", "gpus"}
+    assert set(found) == {"python", "versions", "git"} | machine
     assert found["versions"]["numpy"] is not None
 
 
@@ -251,6 +252,19 @@ def test_provenance_survives_a_machine_without_anything(monkeypatch: pytest.Monk
     provenance._git.cache_clear()
     assert set(found["versions"].values()) == {None}
     assert found["git"] is None
+
+
+def test_the_driver_tells_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB'\necho 'NVIDIA H200, 143771 MiB'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for broken, found in ((False, ["NVIDIA H100, 81559 MiB", "NVIDIA H200, 143771 MiB"]), (True, None)):
+        if broken:
+            program.write_text("#!/bin/sh\nexit 9\n")
+        provenance._gpus.cache_clear()
+        assert provenance._gpus() == found
+    provenance._gpus.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

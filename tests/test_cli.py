@@ -428,7 +428,7 @@ def test_report_of_an_unfinished_run_says_how_to_finish_it(deme: Deme, copied: P
 
 
 def test_report_of_what_is_no_run(deme: Deme, copied: Path) -> None:
-    assert deme("report", "nowhere").refusal.startswith("nowhere: no such recipe, file or run folder")
+    assert deme("report", "nowhere").refusal.startswith("nowhere: no such run folder")
     assert deme("report", copied.parent).refusal == f"{copied.parent}: no recipe.yaml in it, so it is no run folder"
     (copied / "run.json").write_text("{")
     assert deme("report", copied).refusal.startswith(f"{copied}/run.json: ")

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deme_diffusion.analysis.similarity import MOST_AT_ONCE
-from deme_diffusion.config import UNetSettings
+from deme_diffusion.config import FIGURES, UNetSettings
 from deme_diffusion.evaluation.extractors.inception_net import FEATURES, InceptionNet
 from deme_diffusion.pipeline import needs
 from deme_diffusion.pipeline.estimate import HALF, SINGLE, described, plan, time_said
@@ -206,6 +206,37 @@ def test_memory_of_comparing_gradients_is_that_of_a_small_batch(pico_values: Val
     assert cost is not None and memory(graph, [compared], cost)["training"] == 16 * PICO + 16 * cost.kept
     lean = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"gradient_checkpointing": True})})
     assert memory(Graph(lean), [compared], cost)["training"] == 16 * PICO + 16 * cost.checkpointed
+
+
+def test_figures_cost_their_cells_times_their_points(pico_values: Values, tmp_path: Path) -> None:
+    """Forward passes: 4 images x 2 draws in each of 2 ranges at 9 and 16 cells; 5 images by 2 steps of 3 models."""
+    settings = {"figures": [], "num_images": 4, "draws": 2, "landscape_points": 3, "plane_points": 4}
+    compared = {"bins": 12, "num_images": 3}
+    values = {**pico_values, "analyze": {**settings, "trajectory_images": 5}, "similarity": compared}
+    graph = Graph(parse(values, where="test"))
+    cost = model_cost(graph)
+    assert cost is not None
+    passes = {"landscape": 9 * 16, "plane": 16 * 16, "activations": 3 * 16, "vectors": 0, "trajectory": 3 * 10}
+    for name in FIGURES:
+        found = [needs.flops(graph, node, cost) / cost.flops for node in graph.figure(name)]
+        # Gradients cost three passes; of a range with 10 timesteps there are no more than 10 bins.
+        assert found == ([3 * 3 * 12, 3 * 3 * 10, 3 * 3 * 10] if name == "similarity" else [passes[name]])
+    alone = Graph(parse({**values, "decouple": {"num_ranges": 1}, "merge": {"method": "none"}}, where="test"))
+    passes |= {"landscape": 9 * 8, "plane": 4 * 8, "activations": 2 * 8, "trajectory": 2 * 10}
+    for name in FIGURES[1:]:
+        assert needs.flops(alone, *alone.figure(name), cost) == passes[name] * cost.flops
+
+
+def test_figures_have_a_kind_of_their_own(pico_values: Values, tmp_path: Path) -> None:
+    plain = planned(pico_values, tmp_path)
+    drawn = planned(pico_values, tmp_path, analyze__figures=list(FIGURES))
+    assert plain["flops"].pop("figures") == plain["memory_bytes"].pop("figures") == 0
+    assert drawn["flops"].pop("figures") > 0 < drawn["memory_bytes"].pop("figures")
+    assert drawn["flops"] == plain["flops"]
+    stages = {stage["digest"] for stage in drawn["stages"]}
+    assert {stage["digest"] for stage in plain["stages"]} < stages
+    said = " ".join(described(planned(pico_values, tmp_path, analyze__figures=["plane"])))
+    assert "for figures" in said
 
 
 def test_what_is_to_know_of_a_division_is_told(

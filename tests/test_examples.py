@@ -22,6 +22,7 @@ TINY = [
     "evaluate.num_images=32",
     "evaluate.samplers=[{num_inference_steps: 3}, {name: DDPMScheduler, num_inference_steps: 2}]",
     "evaluate.loss={draws: 1}",
+    "analyze.figures=[]",
     "runtime={jobs: 1, threads: 1, device: cpu}",
 ]
 

@@ -328,7 +328,7 @@ def test_a_prediction_that_a_sampler_does_not_know_is_one_line() -> None:
 
 def test_sampled_pixels_are_rounded_not_cut_off(pico_denoiser: DDPM, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = torch.tensor([-2.0, -1.0, -0.0001, 0.0001, 1.0, 2.0]).reshape(6, 1, 1, 1)
-    monkeypatch.setattr(sampling, "sample", lambda *_: levels)
+    monkeypatch.setattr(sampling, "sample", lambda *_, **__: levels)
     pixels = sample_pixels(pico_denoiser, pico_denoiser.module, DDIM, seed=0, count=6, batch_size=6)
     assert pixels.flatten().tolist() == [0, 0, 127, 128, 255, 255]
     assert np.array_equal(pixels, to_pixels(levels))

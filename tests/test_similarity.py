@@ -12,15 +12,9 @@ import torch
 
 from conftest import make_pico_denoiser
 from deme_diffusion import cli
-from deme_diffusion.analysis import similarity
-from deme_diffusion.analysis.similarity import (
-    cosines,
-    gradient_of,
-    points,
-    sketch_of,
-    summary,
-    write_similarity,
-)
+from deme_diffusion.analysis import sketch as sketching
+from deme_diffusion.analysis.similarity import Gradients, shares, write_similarity
+from deme_diffusion.analysis.sketch import cosines, sketch_into
 from deme_diffusion.config import SimilaritySettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.division import names_of
@@ -39,19 +33,24 @@ from deme_diffusion.weights import WEIGHTS_NAME
 Values = dict[str, Any]
 Splits = dict[SplitName, Split]
 FEW = SimilaritySettings(bins=5, num_images=12, sketch=512)
-BINS = [[[0, 4]], [[4, 8]], [[8, 12]], [[12, 16]], [[16, 20]]]
+BINS = np.arange(20).reshape(5, 4)
 
 
 def exact(denoiser: DDPM, split: Split, settings: SimilaritySettings) -> np.ndarray:
     """(K, P) the gradients, one image after another."""
     rows = []
-    for subset in BINS:
+    for timesteps in BINS:
         module = denoiser.student().eval()
-        for noised in points(denoiser, split, subset, settings, 1):
+        for noised in Gradients(denoiser, module, split, settings, 1).points(timesteps, 0, settings.num_images):
             prediction = denoiser.predict(module, noised.x_t, noised.t, noised.condition)
             denoising_loss(prediction, noised.target).sum().backward()
         rows.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double().numpy())
     return np.stack(rows)
+
+
+def sketch_of(gradient: list[torch.Tensor], size: int, seed: int) -> tuple[np.ndarray, float]:
+    sketch = np.full(min(size, sum(t.numel() for t in gradient)), np.nan)
+    return sketch, sketch_into(sketch, gradient, seed)
 
 
 def written(path: Path, denoiser: DDPM, split: Split, settings: SimilaritySettings, **more: Any) -> dict[str, Any]:
@@ -72,7 +71,10 @@ def test_sketched_cosines_are_the_exact_ones_within_the_error(
     np.testing.assert_allclose(found["norms"], np.linalg.norm(gradients, axis=1) / 12, rtol=1e-4)
     assert found["edges"].tolist() == [0, 4, 8, 12, 16, 20]
     assert (np.diagonal(found["cosine"]) == 1).all() and (found["cosine"] == found["cosine"].T).all()
-    assert {name: found[name] for name in ("conflicting", "mean", "neighbours")} == summary(found["cosine"])
+    told = shares(found["cosine"], float(found["error"]))
+    assert {name: found[name] for name in told} == told
+    assert told["mean"] == pytest.approx(found["cosine"][pairs].mean())
+    assert told["conflicting"] == pytest.approx((found["cosine"][pairs] < 0).mean())
 
 
 def test_error_of_a_cosine_is_that_of_many_sketches() -> None:
@@ -98,7 +100,7 @@ def test_sketch_as_large_as_the_model_is_exact(pico_denoiser: DDPM, digits: Spli
 def test_sketch_does_not_depend_on_how_a_gradient_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     gradient = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     whole = sketch_of([gradient], 64, 3)
-    monkeypatch.setattr(similarity, "CHUNK", 37)
+    monkeypatch.setattr(sketching, "CHUNK", 37)
     parts = sketch_of([gradient[:10].reshape(2, 5), gradient[10:]], 64, 3)
     np.testing.assert_allclose(parts[0], whole[0], atol=1e-12)
     assert parts[1] == pytest.approx(whole[1])
@@ -121,29 +123,32 @@ def test_a_batch_is_small_and_checkpointing_saves_activations(
     pico_denoiser: DDPM, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    parts = torch.utils.checkpoint.checkpoint
+    parts, noised = torch.utils.checkpoint.checkpoint, DDPM.noised
     again: list[int] = []
 
-    def counting(*arguments: Any) -> Any:
-        asked.append(arguments[-1])
-        return points(*arguments)
+    def counting(denoiser: DDPM, batch: Any, *others: Any) -> Any:
+        asked.append(len(batch["image"]))
+        return noised(denoiser, batch, *others)
 
     def anew(*arguments: Any, **options: Any) -> Any:
         again.append(1)
         return parts(*arguments, **options)
 
-    monkeypatch.setattr(similarity, "points", counting)
+    monkeypatch.setattr(DDPM, "noised", counting)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", anew)
-    plain = written(tmp_path / "0.npz", pico_denoiser, digits["train"], FEW, batch_size=512)
-    assert asked == [16] * 5 and not again
-    lean = written(tmp_path / "1.npz", pico_denoiser, digits["train"], FEW, batch_size=3, checkpointing=True)
-    assert asked[5:] == [3] * 5 and again
+    many = FEW.model_copy(update={"num_images": 34, "bins": 2})
+    plain = written(tmp_path / "0.npz", pico_denoiser, digits["train"], many, batch_size=512)
+    assert asked == [16, 1, 16, 1] * 2 and not again
+    lean = written(tmp_path / "1.npz", pico_denoiser, digits["train"], many, batch_size=9, checkpointing=True)
+    assert asked[8:] == [9, 8, 9, 8] * 2 and again
     np.testing.assert_allclose(lean["cosine"], plain["cosine"], atol=1e-5)
 
 
 def test_all_bins_see_the_same_images_and_noise_and_only_t_differs(pico_denoiser: DDPM, digits: Splits) -> None:
-    first, last = (next(points(pico_denoiser, digits["train"], BINS[i], FEW, 12)) for i in (0, 4))
+    gradients = Gradients(pico_denoiser, pico_denoiser.module, digits["train"], FEW, 12)
+    first, last = (next(gradients.points(BINS[i], 0, 12)) for i in (0, 4))
     assert torch.equal(first.target, last.target)  # the noise
+    assert all({*half.tolist()} == {0, 1, 2, 3} for half in first.t.split(6))  # each half covers the bin
     assert {*first.t.tolist()} == {0, 1, 2, 3} and {*last.t.tolist()} == {16, 17, 18, 19}  # stratified
     abar = pico_denoiser.scheduler.alphas_cumprod[:, None, None, None]
     clean = [(b.x_t - (1 - abar[b.t]).sqrt() * b.target) / abar[b.t].sqrt() for b in (first, last)]
@@ -153,22 +158,49 @@ def test_all_bins_see_the_same_images_and_noise_and_only_t_differs(pico_denoiser
 def test_interrupted_comparison_goes_on_with_the_bins_that_are_left(
     pico_denoiser: DDPM, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = written(tmp_path / "whole.npz", pico_denoiser, digits["train"], FEW)
-    monkeypatch.setattr(similarity, "SAVE_SECONDS", -1.0)
+    written(tmp_path / "whole.npz", pico_denoiser, digits["train"], FEW)
     counted: list[int] = []
+    halves = Gradients.halves
 
-    def counting(*arguments: Any) -> Any:
+    def counting(gradients: Gradients, *arguments: Any) -> Any:
         counted.append(1)
         if len(counted) == 4:
             raise KeyboardInterrupt
-        return gradient_of(*arguments)
+        return halves(gradients, *arguments)
 
-    monkeypatch.setattr(similarity, "gradient_of", counting)
+    monkeypatch.setattr(Gradients, "halves", counting)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path / "s.npz", pico_denoiser, digits["train"], FEW, partial=tmp_path / "work")
-    found = written(tmp_path / "s.npz", pico_denoiser, digits["train"], FEW, partial=tmp_path / "work")
+    assert not (tmp_path / "s.npz").exists()
+    written(tmp_path / "s.npz", pico_denoiser, digits["train"], FEW, partial=tmp_path / "work")
     assert len(counted) == 4 + 2  # three done, one broken off, two left
-    assert (found["cosine"] == whole["cosine"]).all() and (found["norms"] == whole["norms"]).all()
+    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_what_a_kill_left_is_taken_as_far_as_it_goes(
+    pico_denoiser: DDPM, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    written(tmp_path / "whole.npz", pico_denoiser, digits["train"], FEW, partial=work)
+    file, cursor = work / sketching.Sketches.DATA, work / sketching.Sketches.CURSOR
+    data, saved = file.read_bytes(), cursor.read_text()
+
+    def remade() -> int:
+        made: list[int] = []
+        halves = Gradients.halves
+        with monkeypatch.context() as patch:
+            patch.setattr(Gradients, "halves", lambda *arguments: made.append(1) or halves(*arguments))
+            written(tmp_path / "again.npz", pico_denoiser, digits["train"], FEW, partial=work)
+        assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+        return len(made)
+
+    assert remade() == 0
+    file.write_bytes(data[: len(data) // 2])  # two bins and a half
+    assert remade() == 3
+    cursor.write_text(saved[:20])
+    assert remade() == 5
+    file.unlink()
+    assert remade() == 5
 
 
 def test_base_is_as_it_was(digits: Splits, tmp_path: Path) -> None:

@@ -79,6 +79,27 @@ class MergedCheckpoint:
     record: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One picture: which of the paper's figures it is of, what it says, and its files; `data` is what it shows."""
+
+    kind: str
+    name: str
+    title: str
+    caption: str
+    alt: str
+    svg: Path
+    png: Path
+    data: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, picture: Mapping[str, Any], folder: Path) -> Figure:
+        """A picture as a run folder's index has it."""
+        told = {key: picture[key] for key in ("kind", "name", "title", "caption", "alt")}
+        data = tuple(folder / file for file in picture["data"])
+        return cls(**told, svg=folder / picture["svg"], png=folder / picture["png"], data=data)
+
+
 def run(recipe: Reference, *overrides: str, out: Reference | None = None) -> Result:
     """Run a whole recipe: experts, merge, table and page; run again to resume.
 
@@ -191,6 +212,30 @@ def evaluate(recipe: Reference, *overrides: str, out: Reference | None = None) -
     whole = _opened(recipe, overrides, out)
     whole.execute(lambda graph: [*graph.of_stage("evaluate"), graph.cost])
     return whole.report()[0]
+
+
+def analyze(
+    recipe: Reference,
+    *overrides: str,
+    figures: Sequence[str] | None = None,
+    experts: Sequence[Reference] | None = None,
+    merged: Reference | None = None,
+    out: Reference | None = None,
+) -> list[Figure]:
+    """Draw the paper's figures for a recipe, computing what is not there.
+
+    `figures`: of similarity, activations, landscape, plane, vectors, trajectory; None: those of `analyze.figures`, or
+    all where that is empty. `experts` (a folder for each range, in their order) and `merged` are models trained
+    elsewhere: pipelines, or the folders of their components.
+
+    Returns: the pictures, in the order of the page. Raises: UserError, MachineError, Interrupted.
+    """
+    from deme_diffusion.pipeline.figures import named, overrides_for
+
+    whole = _opened(recipe, [*overrides, *overrides_for(experts, merged)], out)
+    names = named(figures, whole.recipe)
+    whole.execute(lambda graph: [node for name in names for node in graph.figure(name)])
+    return [Figure.of(picture, whole.folder) for picture in whole.draw(names)]
 
 
 def sample(

@@ -101,11 +101,17 @@ class Store:
 
     def status(self, key: Key) -> Literal["done", "partial", "missing"]:
         """The state at a glance: nothing is hashed, raised, deleted or waited for."""
+        if self.glimpse(key) is not None:
+            return "done"
+        return "partial" if os.path.isdir(self.folder(key)) else "missing"  # noqa: PTH112 (Path.is_dir raises on EACCES)
+
+    def glimpse(self, key: Key) -> Artefact | None:
+        """The artefact that `status` calls done."""
         folder = self.folder(key)
         with contextlib.suppress(_Fault, OSError):
-            if _read_manifest(folder, key, hashing=False):
-                return "done"
-        return "partial" if os.path.isdir(folder) else "missing"  # noqa: PTH112 (Path.is_dir raises on EACCES)
+            if manifest := _read_manifest(folder, key, hashing=False):
+                return Artefact(folder, manifest)
+        return None
 
     @contextlib.contextmanager
     def lock(self, key: Key, timeout: float = -1) -> Iterator[None]:
@@ -129,6 +135,14 @@ class Store:
             with _stopwatch(folder / WORK / "seconds.json"):
                 results = make(folder)
             return _seal(folder, key, dict(results or {}))
+
+
+class Onlooker(Store):
+    """A store that others are at work in: found is what is there at a glance, and nothing is locked or mended."""
+
+    def find(self, key: Key) -> Artefact | None:
+        """The finished artefact, unhashed."""
+        return self.glimpse(key)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import platform
+import re
+import shutil
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -19,9 +21,39 @@ def provenance() -> Record:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "processor": _processor(),
+        "memory": _memory(),
+        "gpus": _gpus(),
         "versions": {name: _version(name) for name in _DISTRIBUTIONS},
         "git": _git(Path(__file__).resolve().parents[2]),
     }
+
+
+@cache
+def _processor() -> str | None:
+    """The processor's model, where the system tells it, else its architecture."""
+    with contextlib.suppress(OSError, ValueError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine() or None
+
+
+def _memory() -> str | None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+    return None
+
+
+@cache
+def _gpus() -> list[str] | None:
+    """Name and memory of each NVIDIA GPU of the machine, as its driver tells; None where there is no driver."""
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return [line.strip() for line in told.splitlines() if line.strip()]
+    return None
 
 
 def _version(name: str) -> str | None:

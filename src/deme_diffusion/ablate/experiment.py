@@ -197,7 +197,7 @@ class Experiment:
                 case.error = told(error)
                 continue
             try:
-                case.open(Graph(case.recipe, store=self.run.store))
+                case.open(Graph(case.recipe, store=self.run.store, drawn=()))
             except UserError as error:  # so many subsets cannot be cut there
                 case.error = told(error)
         folders.note(self)

@@ -73,7 +73,7 @@ class _Opening:
 
     def __init__(self, run: Run, recipe: Recipe, download: bool) -> None:
         self.run, self.recipe, self.download = run, recipe, download
-        self.baseline = Case(recipe, Graph(recipe, store=run.store))  # fetched when the run was opened
+        self.baseline = Case(recipe, Graph(recipe, store=run.store, drawn=()))  # fetched when the run was opened
         self.values = recipe.model_dump(mode="json")
         self.cases: dict[str, Case | str | MachineError] = {}
         self.slugs: set[str] = set()
@@ -112,7 +112,8 @@ class _Opening:
         if key not in self.cases:
             try:
                 recipe = folders.named(changed(self.recipe, arm.change), slug)
-                case = Case(recipe, Graph(recipe, download=self._fetches(recipe), store=self.run.store))
+                graph = Graph(recipe, download=self._fetches(recipe), store=self.run.store, drawn=())
+                case = Case(recipe, graph)
                 # Another change may make the same recipe, or the same of all that is measured.
                 self.cases[key] = self.equal.setdefault(frozenset(case.digests), case)
             except NotFetched as error:  # another time it may come

@@ -1,18 +1,62 @@
-"""What finetuning changes in the activations, along channels and along space (Fig. 2)."""
+"""What finetuning changes in the activations, along channels and along space (Fig. 2).
+
+Delta = F' - F at the same x_t and t: F is what a block gives in the pretrained model, F' in another. Kept are the means
+over the images of |Delta| and of |F| at each channel c and position p, for each half of the images, and no activations.
+
+How they vary is read from m(c, p) = m + a_c + b_p + rest: the coefficient of variation along channels is the standard
+deviation of a_c by m, along space that of b_p by m. A mean over more entries varies less by chance, and a block has
+more positions than channels or fewer, so variances are unbiased: products of the two halves, which share no image, less
+what the rest leaves in a mean over the other axis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import nn
 
 from deme_diffusion.config import AnalyzeSettings
+from deme_diffusion.division import Runs, from_runs
+from deme_diffusion.errors import UserError
+from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.models.placement import BLOCK
 
+log = logging.getLogger(__name__)
+Array = npt.NDArray[np.float64]
 Load = Callable[[], nn.Module]
 """Gives a model as it is served: folded, in eval mode, on its device."""
+KINDS = ("change", "base", "relative")
+"""Whose variation: |Delta|, |F|, and |Delta| by |F| at each channel and position."""
+LEAST = 0.01
+"""Of the place's mean |F|: |F| below it counts as this much where the change is divided by it."""
+ROUNDING = 1e-5
+"""A mean |Delta| below this share of the mean |F| is rounding: it has no variation to tell of."""
+_OTHER_BLOCK = re.compile(r"(\w*blocks|layers)\.\d+")
+
+
+@dataclass
+class Means:
+    """Sums, then means, over images at one place: of |F| and |Delta|, (2 halves, channels, positions)."""
+
+    shape: tuple[int, ...]
+    base: Array
+    change: Array
+
+    def __add__(self, other: Means) -> Means:
+        return Means(self.shape, self.base + other.base, self.change + other.change)
+
+    def __mul__(self, factor: float | Array) -> Means:
+        return Means(self.shape, self.base * factor, self.change * factor)
 
 
 def write_activations(
@@ -25,5 +69,190 @@ def write_activations(
     *,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """To come."""
-    raise NotImplementedError
+    """Leave the data of the figure: each expert on its own subset, `noise.ranges[i]`, the merged model on all of them.
+
+    By place k: `channels_k` (models, C) and `positions_k` (models, h, w), or (models, tokens): the mean |Delta| by the
+    place's mean |F|, and `base_channels_k`, `base_positions_k` of |F|; `sizes` (models, places); `variations` (models,
+    places, 3 `KINDS`, 2): along channels and along positions, NaN where there is no change. Returns the medians over
+    places: the merged model's, or where there is none the mean of the experts'.
+    """
+    where = places(base)
+    extra = None if merged is None else merged()
+    found, whole, total = list[list[Means]](), None, 0
+    for i, (runs, load) in enumerate(zip(noise.ranges, experts, strict=True)):
+        log.info("activations of %s", names[i])
+        own, *rest = measure(noise, runs, base, [load(), *([] if extra is None else [extra])], where)
+        found.append(own)
+        size = len(from_runs(runs))
+        total += size
+        for means in rest:
+            scaled = [one * size for one in means]
+            whole = scaled if whole is None else [a + b for a, b in zip(whole, scaled, strict=True)]
+    models = [*names, *(["merged"] if whole is not None else [])]
+    if whole is not None:
+        found.append([one * (1 / total) for one in whole])
+    sizes = np.array([[_by(one.change.mean(), one.base.mean()) for one in means] for means in found])
+    varied = np.array([[variations(one) for one in means] for means in found])
+    medians = [_medians(size, kinds) for size, kinds in zip(sizes, varied, strict=True)]
+    protocol = {"split": settings.split, "num_images": noise.num_images, "draws": settings.draws, "seed": settings.seed}
+    told = {"models": models, "places": where, "kinds": KINDS, "axes": ("channels", "positions"), "medians": medians}
+    write_figure(
+        path,
+        "activations",
+        {**told, **protocol, "T": noise.denoiser.num_train_timesteps, "subsets": noise.ranges},
+        sizes=sizes,
+        variations=varied,
+        **_profiles(found),
+    )
+    return medians[-1] if whole is not None else _mean_of(medians)
+
+
+def _profiles(found: Sequence[Sequence[Means]]) -> dict[str, npt.NDArray[np.float32]]:
+    """The means along one axis, of every model by place, in units of the place's mean |F|."""
+    arrays = {}
+    for k in range(len(found[0])):
+        by_model = [means[k] for means in found]
+        for name, kind in (("", "change"), ("base_", "base")):
+            m = np.stack([getattr(one, kind).mean(0) / (one.base.mean() or 1.0) for one in by_model])
+            arrays[f"{name}channels_{k}"] = m.mean(2).astype(np.float32)
+            arrays[f"{name}positions_{k}"] = m.mean(1).reshape(len(m), *by_model[0].shape).astype(np.float32)
+    return arrays
+
+
+def _medians(sizes: Array, kinds: Array) -> dict[str, float | None]:
+    """Over the places: the change's size, and its, the base's and the relative variation along both axes."""
+    told = {"size": sizes}
+    for k, kind in enumerate(KINDS):
+        told |= {f"{kind} {axis}": kinds[:, k, a] for a, axis in enumerate(("channels", "positions"))}
+    finite = {name: values[np.isfinite(values)] for name, values in told.items()}
+    return {name: float(np.median(values)) if len(values) else None for name, values in finite.items()}
+
+
+def _mean_of(medians: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    held = {name: [value for one in medians if (value := one[name]) is not None] for name in medians[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in held.items()}
+
+
+# -- places ---------------------------------------------------------------------------------------
+
+
+def places(module: nn.Module) -> list[str]:
+    """The paper's (every down block, the mid block, every up block), or the blocks of another network, outermost only.
+
+    Raises UserError where there are none.
+    """
+    names = [name for name, _ in module.named_modules()]
+    if own := [name for name in names if BLOCK.fullmatch(name)]:
+        return sorted(own, key=lambda name: name.split(".")[0])  # down, mid, up, as in the forward
+    if others := [name for name in names if _OTHER_BLOCK.fullmatch(name)]:
+        return others
+    raise UserError(f"a {type(module).__name__} has no blocks (down_blocks.0, transformer_blocks.0, blocks.0) to watch")
+
+
+@contextmanager
+def watched(module: nn.Module, where: Sequence[str], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While it lasts, `see(k, output)` is told what place k gives: (b, channels, *positions)."""
+
+    def hook(k: int) -> Callable[..., None]:
+        return lambda part, inputs, output: see(k, hidden_states(output))
+
+    handles = [module.get_submodule(name).register_forward_hook(hook(k)) for k, name in enumerate(where)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """What a block hands on, channels second: of a tuple the first, of tokens (b, n, c) the transpose."""
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    wide = first if first.dtype == torch.float64 else first.float()
+    return wide.transpose(1, 2) if wide.ndim == 3 else wide
+
+
+# -- sums -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(
+    noise: FixedNoise, runs: Runs, base: nn.Module, models: Sequence[nn.Module], where: Sequence[str]
+) -> list[list[Means]]:
+    """Of each model by place: the means on the points of one subset. Even and odd images are the two halves."""
+    sums: list[list[Means | None]] = [[None] * len(where) for _ in models]
+    seen, counts = 0, np.zeros(2)
+    for noised in noise.batches(runs, next(base.parameters()).device):
+        half = (seen + torch.arange(len(noised.t))) % noise.num_images % 2
+        seen, counts = seen + len(half), counts + np.bincount(half.numpy(), minlength=2)
+        before: dict[int, torch.Tensor] = {}
+        with watched(base, where, before.__setitem__):
+            noise.denoiser.predict(base, noised.x_t, noised.t, noised.condition)
+        sizes = {k: _halves(output, half) for k, output in before.items()}
+        for model, own in zip(models, sums, strict=True):
+            with watched(model, where, _adding(own, before, sizes, half, where)):
+                noise.denoiser.predict(model, noised.x_t, noised.t, noised.condition)
+    return [[_mean(one, counts) for one in own if one is not None] for own in sums]
+
+
+def _adding(
+    own: list[Means | None],
+    before: Mapping[int, torch.Tensor],
+    sizes: Mapping[int, Array],
+    half: torch.Tensor,
+    where: Sequence[str],
+) -> Callable[[int, torch.Tensor], None]:
+    """Adds |F| and |F' - F| to the sums of one model as its blocks give F', so that no F' is kept."""
+
+    def see(k: int, output: torch.Tensor) -> None:
+        if output.shape != (was := before[k]).shape:
+            ours, theirs = tuple(was.shape[1:]), tuple(output.shape[1:])
+            raise UserError(f"{where[k]}: gives {theirs}, the base's {ours}: another architecture")
+        more = Means(tuple(was.shape[2:]), sizes[k], _halves(output - was, half))
+        own[k] = more if (held := own[k]) is None else held + more
+
+    return see
+
+
+def _halves(values: torch.Tensor, half: torch.Tensor) -> Array:
+    """Sums of |values| (b, c, ...) over the samples of each half: (2, c, positions)."""
+    sizes = values.abs().flatten(2)
+    return np.stack([sizes[(half == h).to(sizes.device)].sum(0).double().cpu().numpy() for h in (0, 1)])
+
+
+def _mean(sums: Means, counts: Array) -> Means:
+    if not counts.all():  # one image is both halves
+        sums, counts = sums + Means(sums.shape, sums.base[::-1], sums.change[::-1]), np.full(2, counts.sum())
+    return sums * (1 / counts[:, None, None])
+
+
+# -- variation ------------------------------------------------------------------------------------
+
+
+def variations(means: Means) -> Array:
+    """(3 `KINDS`, 2): coefficients of variation along channels and along positions; NaN for what is rounding."""
+    own = np.maximum(means.base, LEAST * means.base.mean())  # of each half, so that the halves stay independent
+    relative = np.divide(means.change, own, out=np.zeros_like(means.change), where=own > 0)
+    found = np.array([variation(halves) for halves in (means.change, means.base, relative)])
+    if means.change.mean() <= ROUNDING * means.base.mean():
+        found[[0, 2]] = np.nan
+    return found
+
+
+def variation(halves: Array) -> tuple[float, float]:
+    """Of means m(c, p) in two halves (2, C, P): sd(a_c) / m and sd(b_p) / m; NaN where m is 0 or an axis has one entry.
+
+    The two-way layout's estimates of the variances, with products of the halves for squares; below 0 counts as 0.
+    """
+    _, c, p = halves.shape
+    mean = halves.mean((1, 2), keepdims=True)
+    rows, columns = halves.mean(2, keepdims=True) - mean, halves.mean(1, keepdims=True) - mean
+    rest = halves - mean - rows - columns
+    left = float(rest.prod(0).sum()) / max(1, (c - 1) * (p - 1))
+    along = [float(part.prod(0).sum()) / (n - 1) - left / (c * p / n) if n > 1 else np.nan
+             for part, n in ((rows, c), (columns, p))]  # fmt: skip
+    across_channels, across_positions = (_by(np.sqrt(np.maximum(0.0, v)), mean.mean()) for v in along)
+    return across_channels, across_positions
+
+
+def _by(value: float, by: float) -> float:
+    return float(value / by) if by else float("nan")

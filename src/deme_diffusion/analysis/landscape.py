@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
+from deme_diffusion.analysis.directions import Shell, Vector, leading_directions, random_direction
+from deme_diffusion.analysis.grid import Grid, held, overall, plain, protocol
 from deme_diffusion.config import AnalyzeSettings
+from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
 
 Load = Callable[[], nn.Module]
 """Gives a model as it is served: folded, in eval mode, on its device."""
+Array = npt.NDArray[np.float64]
+RADII = {"random": 0.25, "task_vectors": 1.5}
+"""Where the settings name no radius: a quarter of each filter's length; the task vectors and somewhat beyond."""
 
 
 def write_landscape(
@@ -25,5 +33,82 @@ def write_landscape(
     names: Sequence[str],
     partial: Path,
 ) -> dict[str, Any]:
-    """To come."""
-    raise NotImplementedError
+    """Leave a figure's data: `loss` (R, P, P) of each range at base + a d_1 + b d_2, `overall` (P, P) over all of them,
+    axes `a` (P,) and `b` (P,), which is 0 alone where one task vector gives one direction.
+
+    With directions of task vectors also where these lie along them, `coordinates` (N, 2). Goes on from what is in the
+    folder `partial`. Returns: the numbers of all timesteps, as `told` gives them.
+    """
+    directions, facts, arrays = _directions(base, experts, settings, names)
+    radius = settings.landscape_radius or RADII[settings.directions]
+    axes = [axis(radius, settings.landscape_points) if k < len(directions) else np.zeros(1) for k in range(2)]
+    shell, points, grid = Shell(base, directions), held(noise), Grid(*axes)
+    header = {"directions": settings.directions, **protocol(noise, settings)}
+    loss = grid.losses(
+        lambda a, b: points.losses(shell.at(*(a, b)[: len(directions)])), partial, title="landscape", header=header
+    )
+    total = overall(noise, loss)
+    rows = [told(one, grid) for one in (total, *loss)]
+    meta = {"experts": list(names), "radius": radius, "protocol": protocol(noise, settings), **facts, "told": rows}
+    write_figure(path, "landscape", meta, loss=loss, overall=total, a=grid.a, b=grid.b, **arrays)
+    return rows[0]
+
+
+def axis(radius: float, points: int) -> Array:
+    """An odd number of points from -radius to radius, of which the middle one is 0 to the bit."""
+    half = points // 2
+    return radius * np.arange(-half, half + 1) / max(half, 1)
+
+
+def told(loss: Array, grid: Grid) -> dict[str, Any]:
+    """What a landscape (P, Q) says in numbers; null where a loss that it needs is not finite.
+
+    `base`: the loss in the middle. `rise`: the mean loss on the border relative to it, less 1. `curvature`: the mean
+    second derivative along the axes in the middle, relative to the base's loss, per squared unit of the axes. `least`:
+    the least loss of the grid, and the cell's coordinates.
+    """
+    i, j = len(grid.a) // 2, len(grid.b) // 2
+    base = float(loss[i, j])
+    lines = [(loss[:, j], i, grid.a), (loss[i], j, grid.b)]
+    bends = [_second_difference(line, at, along) / base for line, at, along in lines if len(along) > 1]
+    rise = float(loss[border(loss)].mean()) / base - 1
+    return {"base": plain(base), "rise": plain(rise), "curvature": plain(_mean(bends)), "least": least(loss, grid)}
+
+
+def _second_difference(line: Array, at: int, along: Array) -> float:
+    return float((line[at - 1] - 2 * line[at] + line[at + 1]) / (along[at + 1] - along[at]) ** 2)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def border(loss: Array) -> npt.NDArray[np.bool_]:
+    """The cells (P, Q) on the border of a map, or at the ends of a curve."""
+    edge = np.zeros(loss.shape, np.bool_)
+    if loss.shape[0] > 1:
+        edge[[0, -1]] = True
+    if loss.shape[1] > 1:
+        edge[:, [0, -1]] = True
+    return edge if edge.any() else ~edge
+
+
+def least(loss: Array, grid: Grid) -> dict[str, float] | None:
+    """The least loss of a grid and where it is; None where none is finite."""
+    if np.isnan(loss).all():
+        return None
+    i, j = np.unravel_index(int(np.nanargmin(loss)), loss.shape)
+    return {"loss": float(loss[i, j]), "a": float(grid.a[i]), "b": float(grid.b[j])}
+
+
+def _directions(
+    base: nn.Module, experts: Sequence[Load], settings: AnalyzeSettings, names: Sequence[str]
+) -> tuple[list[Vector], dict[str, Any], dict[str, Array]]:
+    """The directions, facts about them, and arrays."""
+    if settings.directions == "random":
+        facts = {"directions": "random", "unit": "the norm of each filter"}
+        return [random_direction(base, settings.seed, number) for number in range(2)], facts, {}
+    leading = leading_directions(base, experts, names)
+    facts = {"directions": "task_vectors", "unit": "root mean square norm of the task vectors"}
+    numbers = {"unit_length": leading.unit, "shares": leading.shares, "norms": leading.norms.tolist()}
+    return leading.directions, {**facts, **numbers}, {"coordinates": leading.coordinates}

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
+from deme_diffusion.analysis.directions import NOTHING, Shell, Vector, combined, inner, task_vector
+from deme_diffusion.analysis.grid import Grid, held, losses_of, overall, plain, protocol
+from deme_diffusion.analysis.landscape import least
 from deme_diffusion.config import AnalyzeSettings
+from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
 
 Load = Callable[[], nn.Module]
 """Gives a model as it is served: folded, in eval mode, on its device."""
+Array = npt.NDArray[np.float64]
+log = logging.getLogger(__name__)
+FROM, TO = -0.2, 1.2
+"""Coefficients of the axes, as in the paper's figure."""
 
 
 def write_plane(
@@ -27,5 +40,107 @@ def write_plane(
     names: Sequence[str],
     partial: Path,
 ) -> dict[str, Any]:
-    """To come."""
-    raise NotImplementedError
+    """Leave a figure's data: `loss` (R, P, P) of each range at base + x u + y v, `overall` (P, P) over all of them,
+    axes `x` (P,) and `y` (P,), with u = tau_i and v the part of tau_j orthogonal to it.
+
+    Where one task vector, or two of one direction, span no plane, an axis is 0 alone. `meta.marks` tells where base,
+    experts and merged model stand: their coordinates, their distance from the plane relative to the length of their
+    task vector, and their own losses. Goes on from what is in the folder `partial`. Returns: the losses over all
+    timesteps of base, merged model and the grid's optimum, and where that is.
+    """
+    plane = Plane.of(base, experts, pair, names)
+    points = held(noise)
+    marks = [_mark("base", "base", None, (0.0, 0.0, 0.0), losses_of(points, base))]
+    marks += _marks(plane, base, experts, merged, names, points)
+    grid, header = Grid(*plane.axes(settings.plane_points)), {"pair": list(pair), **protocol(noise, settings)}
+    shell = Shell(base, plane.directions)
+    loss = grid.losses(lambda x, y: points.losses(shell.at(*plane.along(x, y))), partial, title="plane", header=header)
+    total = overall(noise, loss)
+    best = least(total, grid)
+    optimum = best and {"loss": best["loss"], "x": best["a"], "y": best["b"]}
+    facts = {"pair": list(pair), "lengths": list(plane.lengths), "cosine": plane.cosine, "optimum": optimum}
+    meta = {"experts": list(names), "protocol": protocol(noise, settings), **facts, "marks": marks}
+    write_figure(path, "plane", meta, loss=loss, overall=total, x=grid.a, y=grid.b)
+    true = {mark["role"]: mark["losses"][0] for mark in marks if mark["role"] != "expert"}
+    return {**true, "optimum": optimum}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """base + x u + y v: u = tau_i, v = tau_j - <tau_j, u> / <u, u> u (Gram-Schmidt); a direction of no length is
+    left out of `directions`. `lengths` are |u| and |v|, `cosine` that of tau_i and tau_j."""
+
+    u: Vector
+    v: Vector
+    lengths: tuple[float, float]
+    cosine: float
+
+    @classmethod
+    def of(cls, base: nn.Module, experts: Sequence[Load], pair: tuple[int, int], names: Sequence[str]) -> Plane:
+        """The plane of two experts; of one with itself, a line."""
+        i, j = pair
+        u = task_vector(base, experts[i](), names[i])
+        v = task_vector(base, experts[j](), names[j]) if i != j else {}
+        uu, vv = _finite(inner(u, u)), _finite(inner(v, v))
+        cosine = inner(u, v) / math.sqrt(uu * vv) if uu * vv > 0 else 0.0
+        if uu > 0 and v:
+            combined(v, -inner(v, u) / uu, u)
+            combined(v, -inner(v, u) / uu, u)  # once more: the first time leaves float32's rounding along u
+        rest = inner(v, v)
+        lengths = math.sqrt(uu), math.sqrt(rest) if rest > NOTHING * vv else 0.0
+        if i != j and not all(lengths):
+            log.warning("plane: the task vectors of %s and %s span none; a line is drawn", names[i], names[j])
+        return cls(u, v, lengths, cosine)
+
+    @property
+    def directions(self) -> list[Vector]:
+        """Those that lead anywhere."""
+        return [vector for vector, length in zip((self.u, self.v), self.lengths, strict=True) if length]
+
+    def along(self, x: float, y: float) -> list[float]:
+        """The coefficients of `directions` at (x, y)."""
+        return [c for c, length in zip((x, y), self.lengths, strict=True) if length]
+
+    def axes(self, points: int) -> tuple[Array, Array]:
+        """The grid's coefficients, rounded so that 0 and 1 are exact; 0 alone along a direction of no length."""
+        every = np.round(np.linspace(FROM, TO, points), 12)
+        first, second = (every if length else np.zeros(1) for length in self.lengths)
+        return first, second
+
+    def project(self, vector: Vector) -> tuple[float, float, float]:
+        """(x, y, distance from the plane relative to the vector's length) of base + vector."""
+        own, rest = math.sqrt(inner(vector, vector)), dict(vector)
+        found = [0.0, 0.0]
+        for k, (direction, length) in enumerate(zip((self.u, self.v), self.lengths, strict=True)):
+            if length:
+                found[k] = inner(vector, direction) / length**2
+                rest = {key: rest[key] - found[k] * direction[key] if key in direction else rest[key] for key in rest}
+        return found[0], found[1], math.sqrt(inner(rest, rest)) / own if own else 0.0
+
+
+def _marks(
+    plane: Plane,
+    base: nn.Module,
+    experts: Sequence[Load],
+    merged: Load | None,
+    names: Sequence[str],
+    noise: FixedNoise,
+) -> Iterator[dict[str, Any]]:
+    """Experts and merged model, loaded one after another."""
+    models = [("expert", k, name, load) for k, (name, load) in enumerate(zip(names, experts, strict=True))]
+    for role, index, name, load in [*models, *([("merged", None, "merged", merged)] if merged else [])]:
+        module = load()
+        yield _mark(role, name, index, plane.project(task_vector(base, module, name)), losses_of(noise, module))
+
+
+def _mark(
+    role: str, name: str, index: int | None, at: tuple[float, float, float], losses: Sequence[float]
+) -> dict[str, Any]:
+    """One model: `losses` over [0, T), then of each range, at the model itself; null for what is no number."""
+    place = {name: plain(value) for name, value in zip(("x", "y", "distance"), at, strict=True)}
+    return {"role": role, "name": name, "index": index, **place, "losses": [plain(loss) for loss in losses]}
+
+
+def _finite(square: float) -> float:
+    """A squared length; weights that are no numbers lead nowhere."""
+    return square if math.isfinite(square) else 0.0

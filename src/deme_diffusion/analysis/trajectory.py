@@ -6,14 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 
 from deme_diffusion.config import AnalyzeSettings, SamplerSettings
+from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.division import Division
+from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample_batch, unseen
+from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.denoiser import Denoiser
 
 Load = Callable[[], nn.Module]
 """Gives a model as it is served: folded, in eval mode, on its device."""
+Pixels = npt.NDArray[np.uint8]
+STEPS = 12
+"""Steps of the trajectory that are kept at most, spread evenly."""
+SIDE = 128
+"""Pixels along the longer side of an image that are kept at most; larger ones are reduced by a whole factor."""
 
 
 def write_trajectory(
@@ -27,5 +40,123 @@ def write_trajectory(
     names: Sequence[str],
     batch_size: int,
 ) -> dict[str, Any]:
-    """To come."""
-    raise NotImplementedError
+    """Sample every model at the same seeds, those of `evaluation.sample`, and follow the first image.
+
+    Arrays: `grid_<model>` (n, h, w, c) uint8; `x_t_<model>` and `x_0_<model>` (s, h, w, c), what the model gets at step
+    s and the clean image that it then predicts; `timesteps` (s,), `steps` (s,) counted from 0, `experts` (s,), the
+    one that serves the timestep. Returns: plain numbers.
+    """
+    timesteps = make_scheduler(denoiser, sampler).timesteps
+    chosen = chosen_steps(len(timesteps))
+    serving = division.route[denoiser.index(timesteps).cpu().numpy()]
+    seeds, arrays, grids = image_seeds(settings.seed, 0, settings.trajectory_images), dict[str, Pixels](), []
+    with tqdm(total=len(models) * len(seeds), unit="image", desc="samples", disable=None) as progress:
+        for name, load in models.items():
+            followed = _Followed(denoiser, set(chosen))
+            grid = _sampled(denoiser, load(), sampler, seeds, batch_size, followed, progress)
+            arrays |= {f"grid_{name}": grid, f"x_t_{name}": followed.pixels(0), f"x_0_{name}": followed.pixels(1)}
+            grids.append(grid)
+    changed = {name: _difference(grids[0], grid) for name, grid in zip(models, grids, strict=True)}
+    factor = reduction(grids[0].shape[1:3])
+    meta = {
+        "models": list(models),
+        "names": list(names),
+        "sampler": sampler.label,
+        "seed": settings.seed,
+        "num_timesteps": division.num_timesteps,
+        "num_steps": len(timesteps),
+        "size": list(grids[0].shape[1:3]),
+        "reduced_by": factor,
+        "changed": changed,
+    }
+    write_figure(
+        path,
+        "trajectory",
+        meta,
+        **{name: reduced(array, factor) for name, array in arrays.items()},
+        timesteps=timesteps[chosen].double().cpu().numpy(),
+        steps=np.array(chosen),
+        experts=serving[chosen],
+    )
+    return {"images": len(seeds), "steps": len(timesteps), "shown": len(chosen), "changed": changed}
+
+
+def chosen_steps(count: int, most: int = STEPS) -> list[int]:
+    """Which of `count` steps are shown: all, or `most` spread evenly, the first and the last among them."""
+    return [int(step) for step in np.linspace(0, count - 1, min(count, most)).round()]
+
+
+def predicted_clean(denoiser: Denoiser, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_0 by the prediction at t: from x_t = sqrt(a) x_0 + sqrt(1 - a) eps, v = sqrt(a) eps - sqrt(1 - a) x_0.
+
+    a is the cumulated alpha of the schedule; at a fraction of a timestep sigma = sqrt((1 - a) / a) is interpolated.
+    """
+    if denoiser.prediction_type == "sample":
+        return prediction
+    alphas = denoiser.scheduler.alphas_cumprod.double().cpu().numpy()
+    with np.errstate(divide="ignore"):  # a schedule may end without signal
+        sigmas = np.sqrt((1 - alphas) / alphas)
+    sigma = float(np.interp(float(t), np.arange(len(sigmas)), sigmas))
+    signal, noise = 1 / (1 + sigma**2) ** 0.5, (1.0 if np.isinf(sigma) else sigma / (1 + sigma**2) ** 0.5)
+    if denoiser.prediction_type == "v_prediction":
+        return torch.sub(x_t * signal, prediction * noise)
+    return torch.sub(x_t, prediction * noise) / signal if signal else torch.zeros_like(x_t)
+
+
+def reduction(size: Sequence[int], side: int = SIDE) -> int:
+    """The whole factor by which images of this size (h, w) are reduced, so that no side is longer than `side`."""
+    return -(-max(size) // side)
+
+
+def reduced(images: Pixels, factor: int) -> Pixels:
+    """(n, h, w, c) with factor x factor pixels averaged to one."""
+    if factor == 1:
+        return images
+    return np.stack([_reduced(image, factor) for image in images])
+
+
+def _reduced(pixels: Pixels, factor: int) -> Pixels:
+    made = np.asarray(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).reduce(factor))
+    return made.reshape(*made.shape[:2], pixels.shape[-1])
+
+
+class _Followed:
+    """The first image of the first batch at some steps: what the model gets, and the clean image that it predicts."""
+
+    def __init__(self, denoiser: Denoiser, chosen: set[int]) -> None:
+        self.denoiser, self.chosen, self.step = denoiser, chosen, 0
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, t: torch.Tensor, x_t: torch.Tensor, prediction: torch.Tensor) -> None:
+        if self.step in self.chosen:
+            clean = predicted_clean(self.denoiser, x_t[:1], prediction[:1], t)
+            self.kept.append((x_t[:1].clone(), clean))
+        self.step += 1
+
+    def pixels(self, which: int) -> Pixels:
+        """(s, h, w, c): x_t (0) or x_0 (1)."""
+        return to_pixels(torch.cat([pair[which] for pair in self.kept]))
+
+
+def _sampled(
+    denoiser: Denoiser,
+    module: nn.Module,
+    sampler: SamplerSettings,
+    seeds: Sequence[int],
+    batch_size: int,
+    followed: _Followed,
+    progress: Any,
+) -> Pixels:
+    """(n, h, w, c), batch by batch as `evaluation.sample.sample_pixels`, the first image followed."""
+    batches = []
+    for first in range(0, len(seeds), batch_size):
+        part = seeds[first : first + batch_size]
+        seen = unseen if first else followed
+        batches.append(sample_batch(denoiser, module, sampler, part, seen=seen))
+        progress.update(len(part))
+    return np.concatenate(batches)
+
+
+def _difference(before: Pixels, after: Pixels) -> float:
+    """The mean absolute difference of pixels, of 255."""
+    return float(np.abs(before.astype(np.int16) - after.astype(np.int16)).mean())

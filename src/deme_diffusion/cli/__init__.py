@@ -5,7 +5,20 @@ Exit status: 0 done; 1 a failure of the machine or ours; 2 the user's input is w
 result. A sub-command registers when its module is imported, which is here.
 """
 
-from deme_diffusion.cli import ablate, analyze, convert, doctor, fisher, merge, plan, sample, stages, tools
+from deme_diffusion.cli import (
+    ablate,
+    analyze,
+    convert,
+    doctor,
+    fisher,
+    merge,
+    plan,
+    play,
+    report,
+    sample,
+    stages,
+    tools,
+)
 from deme_diffusion.cli.command import app, main
 
 __all__ = [
@@ -18,6 +31,8 @@ __all__ = [
     "main",
     "merge",
     "plan",
+    "play",
+    "report",
     "sample",
     "stages",
     "tools",

@@ -37,6 +37,8 @@ def run(
         return
     whole.execute()
     show.table(whole, as_json)
+    if whole.failure is not None:  # of a figure: the table stands
+        raise whole.failure
 
 
 def make(run: Run, targets: Callable[[Graph], Sequence[Node]], dry_run: bool, as_json: bool) -> None:

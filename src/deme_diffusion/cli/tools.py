@@ -1,4 +1,4 @@
-"""Sub-commands around runs: what ships, a run's page again, cleaning up."""
+"""Sub-commands around runs: what ships, cleaning up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from deme_diffusion.cli import show
 from deme_diffusion.cli.command import app
-from deme_diffusion.cli.options import AsJson, opened
+from deme_diffusion.cli.options import AsJson
 from deme_diffusion.errors import UserError
 
 
@@ -32,30 +32,6 @@ def recipes(
         return
     for name, description in shipped.items():
         show.say(f"{name:<16} {description}")
-
-
-@app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
-) -> None:
-    """Write the table and page of a finished run again, or, of RUN/ablations/PLAN, those of an experiment."""
-    from deme_diffusion.pipeline.run import ABLATIONS, RECORD, is_experiment
-
-    if (run_folder / RECORD).is_file() or is_experiment(run_folder):
-        from deme_diffusion.cli.ablate import say_again
-
-        say_again(run_folder, as_json)
-        return
-    run = opened(str(run_folder), None, None, dry_run=True)
-    unfinished = [node.label for node in run.graph.nodes if run.store.status(node.key) != "done"]
-    if unfinished:
-        count, first = len(unfinished), unfinished[0]
-        said = f"{count} stages are not done ({first}, ...)" if count > 1 else f"a stage is not done ({first})"
-        found = [str(file.parent) for file in sorted(run_folder.glob(f"{ABLATIONS}/*/{RECORD}"))]
-        more = f"; of its ablations: deme report {found[0]}" if found else ""
-        raise UserError(f"{run_folder}: {said}; first: deme run {run_folder}{more}")
-    run.stages = run.recorded()
-    show.table(run, as_json)
 
 
 @app.command()

@@ -32,7 +32,9 @@ class AnalyzeSettings(Settings):
         "random", description="of the landscape: filter-normalised random ones, or the task vectors' leading ones"
     )
     landscape_points: Positive = Field(11, description="points of each axis of the landscape; odd, so that 0 is one")
-    landscape_radius: float = Field(0.5, gt=0.0, description="the landscape's axes go from -radius to radius")
+    landscape_radius: float | None = Field(
+        None, gt=0.0, description="the axes go from -radius to radius; null: 0.25, or 1.5 along task vectors"
+    )
     plane_points: Positive = Field(15, description="points of each axis of the plane of two task vectors")
     plane_experts: tuple[int, int] | None = Field(None, description="whose task vectors span it; null: first and last")
     trajectory_images: Positive = Field(64, description="images of the sample grids; the first one's way is shown")

@@ -37,7 +37,7 @@ class Journal:
                 path = self._folder / name
                 if path.exists():
                     truncate_jsonl(path, lambda record: record["step"] <= self._after)
-                self._files[name] = path.open("a")
+                self._files[name] = path.open("a", buffering=1)  # a line at once, for those who watch
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._after + 1)
         return self
 

@@ -24,6 +24,8 @@ from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.rng import seed_of
 
 IMAGES, CURSOR = "images.npy", "work/sampled.json"
+Seen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Looks at one step of a sampler: t (), what the model gets at t, and what it predicts (both (b, c, h, w))."""
 
 
 def image_seeds(seed: int, first: int, count: int) -> list[int]:
@@ -47,8 +49,19 @@ def make_scheduler(denoiser: Denoiser, settings: SamplerSettings) -> Any:
     return scheduler
 
 
+def unseen(t: torch.Tensor, x_t: torch.Tensor, prediction: torch.Tensor) -> None:
+    """Looks at nothing."""
+
+
 @torch.no_grad()
-def sample(denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, seeds: Sequence[int]) -> torch.Tensor:
+def sample(
+    denoiser: Denoiser,
+    module: nn.Module,
+    settings: SamplerSettings,
+    seeds: Sequence[int],
+    *,
+    seen: Seen = unseen,
+) -> torch.Tensor:
     """One batch (len(seeds), c, h, w) in [-1, 1]. The noise of an image depends on its seed alone.
 
     The image of a seed is that of a stock pipeline in float32 with batch 1 and `torch.Generator().manual_seed(seed)`.
@@ -61,7 +74,9 @@ def sample(denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, see
     accepted = inspect.signature(scheduler.step).parameters
     options = {key: value for key, value in (("eta", settings.eta), ("generator", generators)) if key in accepted}
     for t in scheduler.timesteps:
-        prediction = denoiser.predict(module, scheduler.scale_model_input(x, t), t.to(device), {})
+        x_t = scheduler.scale_model_input(x, t)
+        prediction = denoiser.predict(module, x_t, t.to(device), {})
+        seen(t, x_t, prediction)
         with _refusals(settings):
             x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
@@ -131,10 +146,15 @@ def sample_seeds_to(
 
 
 def sample_batch(
-    denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, seeds: Sequence[int]
+    denoiser: Denoiser,
+    module: nn.Module,
+    settings: SamplerSettings,
+    seeds: Sequence[int],
+    *,
+    seen: Seen = unseen,
 ) -> npt.NDArray[np.uint8]:
     """One batch of images (len(seeds), h, w, c). UserError where one is not finite."""
-    batch = sample(denoiser, module, settings, seeds)
+    batch = sample(denoiser, module, settings, seeds, seen=seen)
     if not torch.isfinite(batch).all():
         raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
     return to_pixels(batch)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from deme_diffusion.config import Recipe
+from deme_diffusion.config import FIGURES, Recipe
 from deme_diffusion.pipeline import needs
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
@@ -23,6 +23,7 @@ ASSUMED = (
 )
 WAITS = "the division waits for the similarity of gradients: subsets are not known before that stage is done"
 KINDS = {"pretrain": "training", "decouple": "training", "search": "search", "sample": "sampling"}
+KINDS |= {str(name): "figures" for name in FIGURES}
 LONGEST_ON_CORES, SHORTEST_ON_GPU = 14 * 24 * 3600, 600
 """Seconds: what takes longer is nothing for cores; what takes less, no GPU would run at its rate."""
 
@@ -90,7 +91,7 @@ def seconds_of(left: Sequence[tuple[Graph, Node]]) -> float | None:
 
 
 def _by_kind(work: Sequence[tuple[Node, float]]) -> dict[str, float]:
-    total = dict.fromkeys(("training", "search", "sampling", "measuring"), 0.0)
+    total = dict.fromkeys(("training", "search", "sampling", "measuring", "figures"), 0.0)
     for node, flops in work:
         total[KINDS.get(node.stage, "measuring")] += flops
     return total

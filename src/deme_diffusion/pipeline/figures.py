@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_diffusion.config import FigureName, SamplerSettings
+from deme_diffusion.config import FIGURES, FigureName, Recipe, SamplerSettings
 from deme_diffusion.division import Runs, from_runs, name_of, whole
-from deme_diffusion.errors import UserError
-from deme_diffusion.pipeline.inputs import Input, component_of, resolve
+from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.pipeline import elsewhere
+from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 
 if TYPE_CHECKING:
@@ -27,6 +30,22 @@ LOSSES = ("activations", "landscape", "plane")
 """Figures that look at images; these give points of the fixed-noise loss to each cell, or model."""
 
 
+def named(names: Sequence[str] | None, recipe: Recipe) -> list[FigureName]:
+    """The figures of these names in the page's order; where none is named, those of the recipe, or else all."""
+    for name in names or ():
+        if name not in FIGURES:
+            raise UserError(f"figure {name!r}: there are {', '.join(FIGURES)}{nearest(name, FIGURES)}")
+    wanted: Collection[str] = names or recipe.analyze.figures or FIGURES
+    return [name for name in FIGURES if name in wanted]
+
+
+def overrides_for(experts: Sequence[str | Path] | None, merged: str | Path | None) -> list[str]:
+    """The KEY=VALUE overrides that name models trained elsewhere."""
+    folders = [str(Path(folder).expanduser().absolute()) for folder in experts or ()]
+    found = [f"analyze.experts={json.dumps(folders)}"] if folders else []
+    return found + ([f"analyze.merged={json.dumps(str(Path(merged).expanduser().absolute()))}"] if merged else [])
+
+
 def experts_of(graph: Graph) -> list[Node | Input]:
     """The experts of the figures: those of the first training seed, or those that `analyze.experts` names."""
     given, wanted = graph.recipe.analyze.experts, graph.recipe.decouple.num_ranges
@@ -34,23 +53,16 @@ def experts_of(graph: Graph) -> list[Node | Input]:
         return list(graph.experts[graph.recipe.seeds[0]])
     if len(given) != wanted:
         raise UserError(f"analyze.experts: {len(given)} folders for decouple.num_ranges={wanted}; one for each range")
-    return [_given(folder, f"analyze.experts.{i}") for i, folder in enumerate(given)]
+    found = [(f"analyze.experts.{i}", folder) for i, folder in enumerate(given)]
+    return [elsewhere.given(folder, graph.base, graph.recipe, key=key) for key, folder in found]
 
 
 def merged_of(graph: Graph) -> Node | Input | None:
     """The merged model of the figures; None where there is none."""
     settings = graph.recipe.analyze
     if settings.merged is not None:
-        return _given(settings.merged, "analyze.merged")
+        return elsewhere.given(settings.merged, graph.base, graph.recipe, key="analyze.merged")
     return None if settings.experts is not None else graph.merged.get(graph.recipe.seeds[0])
-
-
-def _given(folder: str, key: str) -> Input:
-    found = resolve(folder, None, key=key, needs=(), download=False)
-    if found.path is None:
-        raise UserError(f"{key}: {folder}: a folder is expected")
-    component_of(found.path)
-    return found
 
 
 def stages(graph: Graph, name: FigureName) -> list[Node]:

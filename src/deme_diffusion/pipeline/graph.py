@@ -25,9 +25,17 @@ class Graph(Models):
     """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of.
 
     A division by gradients is a function of what the stage `similarity` left in the `store`, `provisional` before.
+    `drawn`: the figures whose stages are there from the beginning; None: the recipe's.
     """
 
-    def __init__(self, recipe: Recipe, *, download: bool = False, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        download: bool = False,
+        store: Store | None = None,
+        drawn: Sequence[FigureName] | None = None,
+    ) -> None:
         super().__init__()
         merges.check(recipe)
         self.recipe = recipe
@@ -56,7 +64,7 @@ class Graph(Models):
         self._evaluated(Served(REAL_IMAGES, ()), recipe.seeds[0])
         self.cost = self.cost_of(self.served[recipe.seeds[0]])
         self.figures: dict[FigureName, list[Node]] = {}
-        for name in recipe.analyze.figures:
+        for name in recipe.analyze.figures if drawn is None else drawn:
             self.figure(name)
 
     def figure(self, name: FigureName) -> list[Node]:

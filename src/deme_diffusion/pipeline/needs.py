@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from deme_diffusion.config import PretrainSettings, Recipe, TrainSettings
+from deme_diffusion.config import FIGURES, PretrainSettings, Recipe, TrainSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import reported, whole
 from deme_diffusion.merging.search import Space, expected
@@ -25,6 +25,10 @@ DIGITS = 1797
 PICKLED = f"its weights are a pickle, which is never loaded; {CONVERT}"
 COMPARED = 16
 """Samples at most in a batch of the stage similarity (`analysis.similarity.MOST_AT_ONCE`, which needs torch)."""
+MODELS_SHOWN, TILE = 3, 3 * 128 * 128
+"""Of the grids: base, ensemble and merged; the bytes of an image at most (`analysis.trajectory.SIDE`)."""
+HELD = 5
+"""Copies of the weights that a figure of losses holds at most: base, the point, directions and how they are made."""
 SMALL = 100_000
 """Bytes of a stage that leaves numbers only."""
 
@@ -72,7 +76,9 @@ def flops(graph: Graph, node: Node, cost: Cost) -> float:
     if node.stage == "fisher":
         return cost.flops * 3 * int(node.arguments["samples"])  # forward and backward
     if node.stage == "similarity":
-        return cost.flops * 3 * graph.recipe.similarity.bins * graph.recipe.similarity.num_images
+        return cost.flops * 3 * _bins(graph, node) * graph.recipe.similarity.num_images
+    if node.stage in FIGURES:
+        return cost.flops * (node.images + _figured(graph.recipe, node))
     if node.stage == "features":
         return _extracted(graph.recipe, node)
     return cost.flops * (node.images + _loss_points(graph.recipe, "report") * _ranges(node))
@@ -104,6 +110,26 @@ def _searched(recipe: Recipe, node: Node) -> float:
 def _extracted(recipe: Recipe, node: Node) -> float:
     each = float(known()["inception"]["flops"]) if recipe.extractor.kind == "inception" else 0.0
     return each * _featured(recipe, node)
+
+
+def _bins(graph: Graph, node: Node) -> int:
+    """Bins of the similarity of gradients, of which there are no more than timesteps."""
+    subset = node.arguments["subset"] or whole(graph.division.num_timesteps)
+    return min(graph.recipe.similarity.bins, sum(hi - lo for lo, hi in subset))
+
+
+def _figured(recipe: Recipe, node: Node) -> float:
+    """Forward passes of a figure: cells of a grid, or models, times the points that each of them is taken on."""
+    settings, experts = recipe.analyze, recipe.decouple.num_ranges
+    held = split_images(recipe, settings.split)
+    points = min(settings.num_images, held or settings.num_images) * settings.draws
+    if node.stage == "landscape":
+        return settings.landscape_points**2 * points * _ranges(node)
+    if node.stage == "plane":
+        return settings.plane_points ** (2 if experts > 1 else 1) * points * _ranges(node)
+    if node.stage == "activations":  # on each expert's timesteps: the base, the expert, and the merged model
+        return (2 + ("merged" in node.parents)) * points * experts
+    return 0.0
 
 
 def _ranges(node: Node) -> int:
@@ -175,6 +201,8 @@ def disk(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
             used["weights"] += weights
         elif node.stage == "sample":
             used["images"] += recipe.evaluate.num_images * prod(cost.shape)
+        elif node.stage == "trajectory":
+            used["images"] += MODELS_SHOWN * recipe.analyze.trajectory_images * min(prod(cost.shape), TILE)
         elif node.stage == "data":
             used["data"] += _stored_pixels(recipe, cost) + _copied(recipe)
         elif node.stage == "features":
@@ -216,7 +244,7 @@ def feature_width(recipe: Recipe) -> int:
 
 def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
     """Bytes on the device, the largest stage of each kind: weights, gradients, Adam, average, teacher, activations."""
-    recipe, most = graph.recipe, {"training": 0, "sampling": 0}
+    recipe, most = graph.recipe, {"training": 0, "sampling": 0, "figures": 0}
     for node in nodes:
         if node.stage in ("decouple", "pretrain"):
             most["training"] = max(most["training"], _training_memory(recipe, node, cost))
@@ -229,6 +257,9 @@ def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
             experts = len(served.parts) if served and served.ensemble else 1
             weights = FLOAT * cost.parameters * min(experts, recipe.runtime.resident_experts)
             most["sampling"] = max(most["sampling"], weights + cost.peak * recipe.runtime.sample_batch_size)
+        elif node.stage in FIGURES and node.stage != "vectors":
+            needed = HELD * FLOAT * cost.parameters + cost.peak * recipe.runtime.sample_batch_size
+            most["figures"] = max(most["figures"], needed)
     return most
 
 

@@ -5,51 +5,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deme_diffusion.artefacts import Artefact, Store
-from deme_diffusion.config import FigureName, Recipe
-from deme_diffusion.errors import MachineError, UserError
-from deme_diffusion.files import canonical_digest, link, read_jsonl, write_bytes, write_json, write_text
-from deme_diffusion.pipeline import found, table
+from deme_diffusion.config import FIGURES, AnalyzeSettings
+from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.files import canonical_digest, link, write_json, write_text
+from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.engine import run_stages
+from deme_diffusion.pipeline.evidence import ABLATIONS, RECORD, Evidence
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.merges import HowToMerge
-from deme_diffusion.pipeline.node import MERGE, Node, figure_file
+from deme_diffusion.pipeline.node import Node
 from deme_diffusion.processes import is_main
-from deme_diffusion.provenance import provenance
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
-from deme_diffusion.report.ablation_record import check_record
 from deme_diffusion.report.card import model_card
-from deme_diffusion.report.drawing.gallery import draw_figures
-from deme_diffusion.report.figures import sample_grid
 from deme_diffusion.report.page import write_page
 from deme_diffusion.report.tables import Row, write_table
 from deme_diffusion.report.verdict import Verdict, verdict
 from deme_diffusion.weight_files import read_json
 
+__all__ = ["ABLATIONS", "ASKED_FOR", "RECORD", "RUN", "RUNS", "STORE", "Run", "is_experiment", "open_run"]
+
 log = logging.getLogger(__name__)
 RUNS, RUN, STORE = Path("runs"), "run.json", "store"
-ABLATIONS, RECORD = "ablations", "ablation.json"
-"""Where a run folder holds its experiments, and what each of them found."""
-GRID_IMAGES = 64
-ASKED_FOR = ("similarity", "fisher")
+ASKED_FOR = ("fisher", *FIGURES)
 """Stages that sub-commands make, whether or not the recipe needs them."""
+DRAWN = AnalyzeSettings.model_fields.keys() - {"experts", "merged"}
+"""Settings of `analyze` that another command may change in a run folder: figures are results of no model."""
 Targets = Sequence[Node] | Callable[[Graph], Sequence[Node]]
 
 
-@dataclass
-class Run:
-    """An opened run: its recipe, folder, store and graph. `stages` grows as stages finish or are found done."""
+class Run(Evidence):
+    """An opened run that can go on: its stages, made and noted, and the evidence written into its folder.
 
-    recipe: Recipe
-    folder: Path
-    store: Store
-    graph: Graph
-    command: str = ""
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    `failure`: why a figure of the whole run could not be made, where one could not.
+    """
+
+    failure: Exception | None = None
 
     def execute(self, targets: Targets | None = None) -> list[Node]:
         """Make the targets (all stages by default) and what they need; note each in `run.json` as it finishes.
@@ -66,10 +59,30 @@ class Run:
             self._note()
         for said in self.graph.remarks if is_main() else ():
             log.warning("%s", said)
-        run_stages(self.graph, self.store, self.graph.needed(wanted), finished=self.finished)
+        nodes = self.graph.needed(wanted)
+        last = self._figures_to_make() if targets is None else []
+        run_stages(self.graph, self.store, [node for node in nodes if node not in last], finished=self.finished)
         if is_main():
             self.link()
+        if last:
+            self._make_figures(last)
         return wanted
+
+    def _figures_to_make(self) -> list[Node]:
+        """The stages that only figures need, of those that are not done."""
+        required = {node.digest for node in self.required()}
+        others = [node for node in self.graph.nodes if node.digest not in required]
+        return [node for node in others if self.store.status(node.key) != "done"]
+
+    def _make_figures(self, nodes: Sequence[Node]) -> None:
+        """Make what only figures need: where one fails, models and table are whole all the same."""
+        try:
+            run_stages(self.graph, self.store, nodes, finished=self.finished)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.failure = error
+            log.error("the figures are not complete, all else is: %s", " ".join(str(error).split()))
 
     def settle(self, nodes: Sequence[Node]) -> None:
         """Where these stages wait for the division, make it; they are of another graph afterwards."""
@@ -97,7 +110,8 @@ class Run:
         if resolved.exists():
             there = load(str(self.folder), as_it_stands=True).recipe
             changed = _first_difference(
-                there.model_dump(mode="json", exclude={"runtime"}), self.recipe.model_dump(mode="json")
+                there.model_dump(mode="json", exclude={"runtime": True, "analyze": DRAWN}),
+                self.recipe.model_dump(mode="json"),
             )
             if changed and self._has_results():
                 raise UserError(f"{self.folder}: holds another recipe ({changed}); choose another folder with --out")
@@ -145,27 +159,21 @@ class Run:
         self._link_to(self.store.folder(base.key) if isinstance(base, Node) else base.folder, "base")
         for seed, experts in self.graph.experts.items():
             for i, expert in enumerate(experts):
-                self._link_to(self.store.folder(expert.key), f"experts{self._suffix(seed)}/{i}")
+                self._link_to(self.store.folder(expert.key), f"experts{self.suffix(seed)}/{i}")
             if seed in self.graph.merged:
-                self._link_to(self.store.folder(self.graph.merged[seed].key), f"merged{self._suffix(seed)}")
-
-    def _suffix(self, seed: int) -> str:
-        return "" if len(self.recipe.seeds) == 1 else f"-seed{seed}"
-
-    @property
-    def merged(self) -> Path:
-        """Where the merged pipeline is linked, made or not; with several seeds that of the first."""
-        return self.folder / f"merged{self._suffix(self.recipe.seeds[0])}"
+                self._link_to(self.store.folder(self.graph.merged[seed].key), f"merged{self.suffix(seed)}")
 
     def _link_to(self, target: Path, name: str) -> None:
         if target.exists():
             link(target, self.folder / name)
 
-    # -- the evidence ------------------------------------------------------------------------------
+    def rows(self) -> list[Row]:
+        """The table, once all that it needs is done."""
+        return table.rows(self.graph, self.store, self.graph.extractor_name)
 
     def report(self) -> tuple[list[Row], Verdict]:
         """Table (JSON, markdown, CSV), page and model card from what the stages left; computes nothing anew."""
-        rows = table.rows(self.graph, self.store, self.graph.extractor_name)
+        rows = self.rows()
         if not is_main():
             return rows, verdict(rows)
         write_table(rows, self.folder)
@@ -173,104 +181,6 @@ class Run:
         write_text(self.folder / "model_card.md", model_card(content))
         write_page(self.folder, content)
         return rows, verdict(rows)
-
-    def content(self, rows: list[Row]) -> dict[str, Any]:
-        """What the page and the card show."""
-        seed = self.recipe.seeds[0]
-        division = self.graph.division.as_dict()
-        content: dict[str, Any] = {
-            "recipe": self.recipe.name,
-            "description": self.recipe.description,
-            "demonstration": self.recipe.demonstration,
-            "command": self.command,
-            "recipe_yaml": to_yaml(self.recipe),
-            "table": rows,
-            "stages": [{"stage": n.stage, "label": n.label, "digest": n.digest, **self.stages.get(n.digest, {})}
-                       for n in self.graph.nodes],
-            "provenance": {key: str(value) for key, value in provenance().items()},
-            "division": division,
-            "curves": self._curves(seed),
-            "grids": self._grids(seed),
-            "base_model": self.graph.base.label,
-            "merged_path": str(self.merged),
-            "ablations": self._experiments(),
-            "figures": self.draw(list(self.graph.figures)),
-        }  # fmt: skip
-        if seed in self.graph.merged:
-            content |= self._weights(seed)
-            content["lost_gains"] = found.lost_gains(self.graph, self.store, rows)
-        return content
-
-    def draw(self, names: Sequence[FigureName]) -> list[dict[str, Any]]:
-        """Draw those of these figures whose data are there; what was drawn already is not drawn again."""
-        data: dict[FigureName, dict[str, Path]] = {}
-        for name in names:
-            found = {}
-            for i, node in enumerate(self.graph.figure(name)):
-                if (artefact := self.store.find(node.key)) is not None:
-                    found[f"{name}-{i}" if i else name] = artefact.path(figure_file(node))
-            data |= {name: found} if found else {}
-        return draw_figures(self.folder, data)
-
-    def _experiments(self) -> list[dict[str, Any]]:
-        """What the experiments in this folder found; a record that cannot be shown is told and left out."""
-        found = []
-        for file in sorted(self.folder.glob(f"{ABLATIONS}/*/{RECORD}")):
-            try:
-                check_record(content := read_json(file))
-            except UserError as error:
-                log.warning("not shown: %s", error if str(file) in str(error) else f"{file}: {error}")
-            else:
-                found.append(content)
-        return found
-
-    def _weights(self, seed: int) -> dict[str, Any]:
-        experts = self.recipe.decouple.num_ranges
-        merged = self.store.find(self.graph.merged[seed].key)
-        how: HowToMerge = self.graph.merged[seed].arguments["how"]
-        weights = {"merged-uniform": how.method.default_weights(experts)}
-        weights |= {"merged": merged.results["weights"]} if merged else {}
-        search = self.graph.searches.get(seed)
-        searched = read_json(self.store.folder(search.key) / "search.json") if search else None
-        merge = read_json(merged.path(MERGE)) if merged else {}
-        extra = (merged.results if merged else {}).get("projection")
-        content = {"weights": weights, "search": searched, "merge": merge}
-        return {**content, **({"projection": extra} if extra else {})}
-
-    def weights_found(self, rows: Sequence[Row] = ()) -> list[str]:
-        """A line for each `merged`: its weights and whose they are; by the table, which search's gain was noise."""
-        return found.weights_lines(self.graph, self.store) + found.lost_gains(self.graph, self.store, rows)
-
-    def _curves(self, seed: int) -> dict[str, Any]:
-        training, validation = {}, {}
-        nodes = [
-            *self.graph.experts[seed],
-            *(p for s in self.graph.served[seed] for p in s.parts if isinstance(p, Node)),
-        ]
-        for node in nodes:
-            folder = self.store.folder(node.key)
-            if not (folder / "loss.jsonl").exists():
-                continue
-            training[node.label] = [[r["step"], r["denoising"]] for r in read_jsonl(folder / "loss.jsonl")]
-            validation[node.label] = [[r["step"], r["own"]] for r in read_jsonl(folder / "validation.jsonl")]
-        return {"training loss": training, "validation loss": validation}
-
-    def _grids(self, seed: int) -> dict[str, str]:
-        """The same seeds before and after, as links from the run folder."""
-        import numpy as np
-
-        grids = {}
-        for name in ("base", "all-timesteps", "ensemble", "merged"):
-            node = self.graph.samples.get((name, seed))
-            if node is None or not (self.store.folder(node.key) / "images.npy").exists():
-                continue
-            images = np.load(self.store.folder(node.key) / "images.npy", mmap_mode="r")[:GRID_IMAGES]
-            path = self.folder / "figures" / f"{name}.npy"
-            path.parent.mkdir(exist_ok=True)
-            np.save(path, np.array(images))
-            write_bytes(path.with_suffix(".png"), sample_grid(np.array(images), columns=16, scale=4))
-            grids[name] = f"figures/{name}.npy"
-        return grids
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = "") -> str:

@@ -22,11 +22,25 @@ MEGABYTE = 1e6
 
 def rows(graph: Graph, store: Store, extractor: str, names: Sequence[str] | None = None) -> list[Row]:
     """One row a model, in the order of the table, or of some names; the score of real training images last."""
+    evaluations = [each for each in graph.evaluations if names is None or each[0] in names]
+    cost = graph.cost if names is None else graph.measured(names)[-1]
+    return _rows(graph, store, extractor, evaluations, _read(store, cost, COSTS))
+
+
+def rows_so_far(graph: Graph, store: Store, extractor: str) -> list[Row]:
+    """The rows of the models that are measured by now in every seed; without what serving costs before that is."""
+    missing = {name for name, _, node in graph.evaluations if store.find(node.key) is None}
+    evaluations = [each for each in graph.evaluations if each[0] not in missing]
+    costs = _read(store, graph.cost, COSTS) if store.find(graph.cost.key) else {"models": {}}
+    return _rows(graph, store, extractor, evaluations, costs)
+
+
+def _rows(
+    graph: Graph, store: Store, extractor: str, evaluations: Sequence[tuple[str, int, Node]], costs: dict[str, Any]
+) -> list[Row]:
     measured: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, seed, node in graph.evaluations:
-        if names is None or name in names:
-            measured.setdefault(name, {})[seed] = _read(store, node, METRICS)
-    costs = _read(store, graph.cost if names is None else graph.measured(names)[-1], COSTS)
+    for name, seed, node in evaluations:
+        measured.setdefault(name, {})[seed] = _read(store, node, METRICS)
     result: list[Row] = []
     for name, by_seed in measured.items():
         metrics: dict[str, Figure] = {}

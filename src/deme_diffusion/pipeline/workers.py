@@ -65,7 +65,7 @@ class Opened:
 
 
 def _graph(text: str) -> Graph:
-    graph = Graph(Recipe.model_validate_json(text), download=True)
+    graph = Graph(Recipe.model_validate_json(text), download=True, drawn=())
     graph.fishers()  # which the parent may have asked for, whatever the recipe's method or division
     graph.compared()
     for name in FIGURES:

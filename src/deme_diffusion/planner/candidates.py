@@ -48,7 +48,7 @@ class Baseline:
 
 def _stages(recipe: Recipe) -> tuple[frozenset[str], dict[str, int]]:
     """What one seed measures, by digest, and the steps of the trainings it needs."""
-    graph = Graph(recipe.model_copy(update={"seeds": recipe.seeds[:1]}))
+    graph = Graph(recipe.model_copy(update={"seeds": recipe.seeds[:1]}), drawn=())
     targets = graph.measured(["base", graph.outcome])
     trained = {node.digest: node.steps for node in graph.needed(targets) if node.steps}
     return frozenset(node.digest for node in targets), trained

@@ -6,12 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 from deme_diffusion.report.ablation_effects import Content, plain_text
-from deme_diffusion.report.ablation_figure import ablation_figure
 from deme_diffusion.report.ablation_sentences import AblationVerdict, verdicts
 from deme_diffusion.report.ablation_tables import has_rows, protocols_of, table_of
 from deme_diffusion.report.ablation_text import headlines, problems_of
+from deme_diffusion.report.album import Album
 from deme_diffusion.report.cells import compact
-from deme_diffusion.report.figures import division_picture, division_tables
 
 MOST_FIGURES = 40
 """Effects and divisions that one experiment's section draws; the tables are all there."""
@@ -24,17 +23,19 @@ def ablation_page(content: Content) -> dict[str, Any]:
     return {**page, **{key: value for key, value in kept.items() if value}, "ablations": [content]}
 
 
-def ablation_section(content: Content) -> dict[str, Any]:
-    """One experiment's section: plain values and SVGs for the template, which escapes every text."""
+def ablation_section(content: Content, album: Album, anchor: str = "ablations") -> dict[str, Any]:
+    """One experiment's section: plain values and images for the template, which escapes every text."""
     found = verdicts(content)
     parts, drawn = [], 0
     for ablation, verdict in zip(content["ablations"], found, strict=True):
-        figures = _figures(content, ablation, verdict) if drawn < MOST_FIGURES else {"effects": None, "divisions": []}
+        none: dict[str, Any] = {"effects": None, "divisions": []}
+        figures = _figures(content, ablation, verdict, album) if drawn < MOST_FIGURES else none
         drawn += bool(figures["effects"]) + len(figures["divisions"])
         table = table_of(content, ablation, verdict)
         parts.append({"name": verdict.name, "sentence": verdict.sentence, "table": table, "rows": has_rows(table),
                       **figures})  # fmt: skip
     return {
+        "id": anchor,
         "plan": plain_text(content["plan"]),
         "discussion": str(content.get("discussion") or "").strip(),
         "lines": headlines(content, found),
@@ -44,11 +45,15 @@ def ablation_section(content: Content) -> dict[str, Any]:
     }
 
 
-def _figures(content: Content, ablation: Content, verdict: AblationVerdict) -> dict[str, Any]:
-    return {"effects": ablation_figure(verdict), "divisions": list(_divisions(content["baseline"], ablation))}
+def _figures(content: Content, ablation: Content, verdict: AblationVerdict, album: Album) -> dict[str, Any]:
+    from deme_diffusion.report.ablation_figure import ablation_figure
+
+    effects = ablation_figure(verdict)
+    divisions = [{"label": label, "image": album.svg(svg)} for label, svg in _divisions(content["baseline"], ablation)]
+    return {"effects": album.svg(effects) if effects else None, "divisions": divisions}
 
 
-def _divisions(baseline: Content, ablation: Content) -> Iterator[dict[str, Any]]:
+def _divisions(baseline: Content, ablation: Content) -> Iterator[tuple[str, bytes]]:
     """The divisions of the arms that change it, the baseline's first; each once."""
     shown: list[Mapping[str, Any]] = [baseline["division"]] if baseline.get("division") else []
     for arm in ablation["arms"]:
@@ -60,11 +65,13 @@ def _divisions(baseline: Content, ablation: Content) -> Iterator[dict[str, Any]]
             yield _picture(arm["label"], division)
 
 
-def _picture(label: str, division: Mapping[str, Any]) -> dict[str, Any]:
-    return {"label": plain_text(label), "svg": _drawn_once(compact(division))}
+def _picture(label: str, division: Mapping[str, Any]) -> tuple[str, bytes]:
+    return plain_text(label), _drawn_once(compact(division))
 
 
 @lru_cache(maxsize=64)
 def _drawn_once(division: str) -> bytes:
     """A division's picture; many ablations of a plan have the same."""
-    return division_picture(*division_tables(json.loads(division)))
+    from deme_diffusion.report import figures
+
+    return figures.division_picture(*figures.division_tables(json.loads(division)))

@@ -4,14 +4,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import yaml
+from urllib.parse import quote
 
 from deme_diffusion.division import names_of
+from deme_diffusion.report.card_front import front_matter
 from deme_diffusion.report.tables import escape_markdown, markdown
 from deme_diffusion.report.verdict import verdict
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_PATTERNS = 12
 DEMONSTRATION = (
     "This is a demonstration of the mechanism on a small data set; its figures are no evidence about the method."
@@ -25,13 +24,17 @@ CITATION = """@inproceedings{ma2025decouple,
 }"""
 
 
-def model_card(run: Mapping[str, Any]) -> str:
-    """A README.md with YAML front matter; `run` is run.json, and `base_model` may name the base's hub id."""
+def model_card(run: Mapping[str, Any], *, samples: str | None = None) -> str:
+    """A README.md with YAML front matter; `run` is run.json, and `base_model` may name the base's hub id.
+
+    `samples` is the path of a picture of samples, relative to the card.
+    """
     sections = [
-        _front_matter(run),
+        front_matter(run),
         _what(run),
+        f"![Samples of the same seeds, before and after]({quote(samples)})" if samples else "",
         _section("Results", markdown(run["table"]) if run.get("table") else ""),
-        _section("Merge weights", "\n\n".join(part for part in (_weights(run), _merged(run)) if part)),
+        _section("Merge weights", "\n\n".join(part for part in (_weights(run), _found(run), _merged(run)) if part)),
         _section("How it was made", _made(run)),
         _section("Limits", _limits(run)),
         _section("Use", f"{escape_markdown(needs(run))}\n\n" + fenced(loading_lines(run), "python")),
@@ -76,15 +79,6 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _front_matter(run: Mapping[str, Any]) -> str:
-    front: dict[str, Any] = {"library_name": "diffusers"}
-    base = run.get("base_model")
-    if isinstance(base, str) and HUB_NAME.fullmatch(base):
-        front["base_model"] = base
-    front["tags"] = ["diffusers", "diffusion", "model-merging", "decouple-then-merge", "deme-diffusion"]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
-
-
 def _what(run: Mapping[str, Any]) -> str:
     what = (
         f"A diffusion model of the base's {_compared(run)}: copies of the base were finetuned as experts on"
@@ -112,13 +106,19 @@ def _weights(run: Mapping[str, Any]) -> str:
     lines = ["| model | " + " | ".join(names) + " |", "| --- |" + " ---: |" * width]
     for label, values in weights.items():
         lines.append(f"| {escape_markdown(label)} | " + " | ".join(f"{value:.4g}" for value in values) + " |")
+    return "\n".join(lines)
+
+
+def _found(run: Mapping[str, Any]) -> str:
+    """How the weights were found, and which gain of the search was noise."""
     search = run.get("search")
-    how = (
-        f"\n\nFound by {escape_markdown(search['method'])} on {escape_markdown(search['objective'])}, "
-        if search
-        else ""
-    )
-    return "\n".join(lines) + how + (f"{len(search['trials'])} trials." if search else "")
+    if not search:
+        return ""
+    best = f", the best: {escape_markdown(search['source'])}" if search.get("source") else ""
+    method, objective = escape_markdown(search["method"]), escape_markdown(search["objective"])
+    lost = [f"{line[0].upper()}{line[1:]}." for line in run.get("lost_gains") or ()]
+    found = f"Found by {method} on {objective}, {len(search['trials'])} trials{best}."
+    return "\n\n".join([found, *map(escape_markdown, lost)])
 
 
 def method_said(run: Mapping[str, Any]) -> str:
@@ -180,5 +180,8 @@ def _made(run: Mapping[str, Any]) -> str:
 
 def _limits(run: Mapping[str, Any]) -> str:
     evidence = escape_markdown(verdict(run["table"]).sentence) if run.get("table") else ""
-    shared = "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on."
+    shared = (
+        "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on; this"
+        " card states no licence of its own."
+    )
     return "\n\n".join(part for part in (DEMONSTRATION if run.get("demonstration") else "", evidence, shared) if part)

@@ -22,6 +22,7 @@ from deme_diffusion.errors import UserError
 INK = "#010203"  # stands for the page's text colour; no other mark uses it
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1")  # Okabe and Ito, and a violet
 DASHES = ("-", "--", ":", "-.")
+SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # matplotlib's names; both are told apart by the colour-blind
 MAX_POINTS = 300
 MOST_BANDS = 30  # runs of one subset that are told apart as bands
 STYLE = {
@@ -165,6 +166,16 @@ def png_of(draw: Callable[[Any], None], width: float, height: float) -> bytes:
     return out.getvalue()
 
 
+def colour_bar(figure: Any, image: Any, axes: Any, label: str, **options: Any) -> Any:
+    """A bar in the reader's ink for what `image` shows on `axes` (one, or several that share it), named."""
+    bar = figure.colorbar(image, ax=axes, label=label, **{"fraction": 0.05, "pad": 0.02, **options})
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(width=0.7, length=2.5, labelsize=8)
+    if bar.solids is not None:  # as it is for the lines of contours
+        bar.solids.set(rasterized=True, edgecolor="face")  # else an SVG shows 256 strips with gaps between them
+    return bar
+
+
 def _styles() -> Iterator[tuple[str, str]]:
     """Colours in turn, then the same colours dashed, without end."""
     return ((colour, dash) for dash in cycle(DASHES) for colour in COLOURS)
@@ -192,5 +203,23 @@ def svg_of(draw: Callable[[Any], None], width: float, height: float) -> bytes:
         FigureCanvasSVG(figure)
         draw(figure)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    head, tag, rest = out.getvalue().replace(INK.encode(), b"currentColor").partition(b"<defs>")
+    return _inked(out.getvalue())
+
+
+def svg_and_png_of(draw: Callable[[Any], None], width: float, height: float) -> tuple[bytes, bytes]:
+    """`svg_of` and `png_of` at once: drawn and laid out only once, which is what takes the time."""
+    svg, png = io.BytesIO(), io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")
+        figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return _inked(svg.getvalue()), png.getvalue()
+
+
+def _inked(svg: bytes) -> bytes:
+    """An SVG whose ink is the reader's."""
+    head, tag, rest = svg.replace(INK.encode(), b"currentColor").partition(b"<defs>")
     return head + INK_RULES + tag + rest

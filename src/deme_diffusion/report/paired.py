@@ -4,8 +4,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.special import stdtr, stdtrit
-
 from deme_diffusion.report.cells import Figure
 
 ALIKE = 1e-9
@@ -36,6 +34,8 @@ def margin_of(differences: Sequence[float]) -> float | None:
     """
     if all_alike(differences):
         return None
+    from scipy.special import stdtrit  # here, since it takes a fifth of a second, and one seed never comes this far
+
     n = len(differences)
     return float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
 
@@ -44,6 +44,8 @@ def p_value(differences: Sequence[float]) -> float | None:
     """Two-sided p of n >= 2 paired differences under Student's t; None where all are alike."""
     if all_alike(differences):
         return None
+    from scipy.special import stdtr
+
     n, mean, deviation = len(differences), statistics.fmean(differences), statistics.stdev(differences)
     return 2 * float(stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation))
 

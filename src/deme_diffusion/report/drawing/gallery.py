@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deme_diffusion.config import FigureName
-from deme_diffusion.errors import UserError
+from deme_diffusion.errors import MachineError, UserError, nearest
 from deme_diffusion.figure_file import FigureData, read_figure
-from deme_diffusion.files import file_digest, link, write_bytes, write_json
+from deme_diffusion.files import canonical_digest, file_digest, link, write_bytes, write_json
+from deme_diffusion.report import figures
 from deme_diffusion.report.drawing import activations, landscape, plane, similarity, trajectory, vectors
 from deme_diffusion.report.drawing.picture import Picture
-from deme_diffusion.report.figures import png_of, svg_of
+from deme_diffusion.report.figures import svg_and_png_of
 
 log = logging.getLogger(__name__)
 FOLDER, INDEX = "figures", "figures.json"
-DRAWN = 1
-"""Raised when a drawing changes, so that pictures on disk are drawn again."""
 DRAWINGS: Mapping[FigureName, Callable[[Sequence[FigureData]], list[Picture]]] = {
     "similarity": similarity.pictures,
     "activations": activations.pictures,
@@ -28,52 +29,147 @@ DRAWINGS: Mapping[FigureName, Callable[[Sequence[FigureData]], list[Picture]]] =
     "vectors": vectors.pictures,
     "trajectory": trajectory.pictures,
 }
+TOGETHER = ("similarity",)
+"""Figures whose data are several files, drawn together."""
+Entry = dict[str, Any]
+"""A figure in the index: kind, stamp (what it was drawn from, and by), and its pictures as the page takes them."""
 
 
 def draw_figures(folder: Path, data: Mapping[FigureName, Mapping[str, Path]]) -> list[dict[str, Any]]:
     """Draw `data` (figure -> stem -> .npz) into `folder`/figures: what changed only; each .npz is linked beside.
 
-    Returns: the pictures as the page takes them: kind, name, title, caption, alt, files `svg` and `png` and `data`
-    relative to `folder`. Data that cannot be read is told and left out.
+    Returns: the pictures as the page takes them: kind, name, title, caption, alt, width and height in inches, files
+    `svg` and `png` and `data` relative to `folder`. What cannot be read or drawn is told and left out. Figures that
+    were drawn before and are not in `data` stay in the folder and its index.
     """
-    there = folder / FOLDER
-    known = _known(there)
-    entries: list[dict[str, Any]] = []
+    known = _known(folder)
+    entries: dict[str, Entry] = dict(known)
     for kind, files in data.items():
-        stamp = {"drawn": DRAWN, **{stem: file_digest(file) for stem, file in files.items()}}
-        before = known.get(kind)
-        if (
-            before
-            and before["stamp"] == stamp
-            and all((folder / one[k]).is_file() for one in before["pictures"] for k in ("svg", "png"))
-        ):
-            entries.append(before)
+        stamp = {"drawn": _drawings(), **{stem: file_digest(file) for stem, file in files.items()}}
+        _linked(folder, files)
+        if kind in known and known[kind]["stamp"] == stamp and _whole(folder, known[kind]):
             continue
-        try:
-            pictures = DRAWINGS[kind]([read_figure(file) for file in files.values()])
-        except UserError as error:
-            log.warning("not drawn: %s", error)
-            continue
-        for stem, file in files.items():
-            link(file, there / f"{stem}.npz")
-        entries.append({"kind": kind, "stamp": stamp, "pictures": [_drawn(folder, kind, p, files) for p in pictures]})
-    if entries != list(known.values()):
-        write_json(there / INDEX, entries)
-    return [picture for entry in entries for picture in entry["pictures"]]
+        entries.pop(kind, None)
+        if (pictures := _drawn_or_told(folder, kind, files)) is not None:
+            entries[kind] = {"kind": kind, "stamp": stamp, "pictures": pictures}
+    entries = {kind: entries[kind] for kind in DRAWINGS if kind in entries}
+    if entries != known:
+        write_json(folder / FOLDER / INDEX, list(entries.values()))
+        _drop(folder, _files(known.values()) - _files(entries.values()))
+    return [picture for kind in data if kind in entries for picture in entries[kind]["pictures"]]
 
 
-def _drawn(folder: Path, kind: str, picture: Picture, files: Mapping[str, Path]) -> dict[str, Any]:
-    names = {kind: f"{FOLDER}/{picture.name}.{kind}" for kind in ("svg", "png")}
-    write_bytes(folder / names["svg"], svg_of(picture.draw, picture.width, picture.height))
-    write_bytes(folder / names["png"], png_of(picture.draw, picture.width, picture.height))
+def draw_files(files: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """Draw the data of figures wherever they lie into the folder `out`; those of several similarities together.
+
+    Where two files hold the same figure, their names go before those of the pictures. Returns: as `draw_figures`, the
+    pictures relative to `out`. Raises UserError for a file that is no figure's data, or cannot be drawn.
+    """
+    groups: dict[str, list[tuple[Path, FigureData]]] = {}
+    for file in files:
+        groups.setdefault((data := read_figure(file)).kind, []).append((file, data))
+        if data.kind not in DRAWINGS:
+            raise UserError(f"{file}: figure {data.kind!r} is none of ours{nearest(data.kind, list(DRAWINGS))}")
+    drawn = []
+    for kind, group in groups.items():
+        parts = [sorted(group, key=_widest_first)] if kind in TOGETHER else [[one] for one in group]
+        for part in parts:
+            prefix = f"{part[0][0].stem}-" if len(parts) > 1 else ""
+            drawn += _drawn_files(kind, part, out, prefix)
+    return drawn
+
+
+def _widest_first(one: tuple[Path, FigureData]) -> tuple[int, int]:
+    """[0, T) before its ranges, and these by their timesteps, whatever the files are called."""
+    runs = one[1].meta.get("subset") or [[0, 0]]
+    return -sum(hi - lo for lo, hi in runs), runs[0][0]
+
+
+def _drawn_files(kind: str, part: Sequence[tuple[Path, FigureData]], out: Path, prefix: str) -> list[dict[str, Any]]:
+    names = [str(file.resolve()) for file, _ in part]
+    try:
+        pictures = _pictures(kind, [data for _, data in part])
+        return [_drawn(out, "", kind, replace(picture, name=prefix + picture.name), names) for picture in pictures]
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        raise UserError(f"{', '.join(names)}: cannot be drawn ({_said(error)})") from error
+
+
+def _pictures(kind: str, data: Sequence[FigureData]) -> list[Picture]:
+    """The pictures of one figure. Raises UserError where the data are another figure's."""
+    if other := next((one.kind for one in data if one.kind != kind), None):
+        raise UserError(f"data of the figure {other!r} where those of {kind!r} belong")
+    return DRAWINGS[kind](data)  # type: ignore[index]
+
+
+def _drawn_or_told(folder: Path, kind: str, files: Mapping[str, Path]) -> list[dict[str, Any]] | None:
+    """The pictures of one figure in a run folder; None where they cannot be drawn, which must not cost the page."""
+    try:
+        pictures = _pictures(kind, [read_figure(file) for file in files.values()])
+        linked = [f"{FOLDER}/{stem}.npz" for stem in files]
+        return [_drawn(folder, FOLDER, kind, picture, linked) for picture in pictures]
+    except MachineError:
+        raise
+    except Exception as error:
+        log.warning("%s is not drawn: %s", kind, error if isinstance(error, UserError) else _said(error))
+        log.debug("%s", kind, exc_info=error)
+        return None
+
+
+def _drawn(folder: Path, inner: str, kind: str, picture: Picture, data: Sequence[str]) -> dict[str, Any]:
+    names = {kind: str(Path(inner) / f"{picture.name}.{kind}") for kind in ("svg", "png")}
+    made = svg_and_png_of(picture.draw, picture.width, picture.height)
+    for name, content in zip(names.values(), made, strict=True):  # only once both could be drawn
+        write_bytes(folder / name, content)
     told = {"kind": kind, "name": picture.name, "title": picture.title, "caption": picture.caption, "alt": picture.alt}
-    size = {"width": picture.width, "height": picture.height}
-    return {**told, **size, **names, "data": [f"{FOLDER}/{stem}.npz" for stem in files]}
+    return {**told, "width": picture.width, "height": picture.height, **names, "data": list(data)}
 
 
-def _known(there: Path) -> dict[str, dict[str, Any]]:
+@cache
+def _drawings() -> str:
+    """What draws: where it changes, pictures on disk are drawn again."""
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(figures.__file__)]
+    return canonical_digest([file_digest(source) for source in sources if source.is_file()])[:16]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# -- what is there --------------------------------------------------------------------------------
+
+
+def _known(folder: Path) -> dict[str, Entry]:
     """What was drawn before, by kind; nothing where that cannot be told."""
     try:
-        return {entry["kind"]: entry for entry in json.loads((there / INDEX).read_text(encoding="utf-8"))}
+        held = json.loads((folder / FOLDER / INDEX).read_text(encoding="utf-8"))
+        found = {entry["kind"]: entry for entry in held if entry["kind"] in DRAWINGS and entry["stamp"]}
+        _files(found.values())
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    return found
+
+
+def _files(entries: Iterable[Entry]) -> set[str]:
+    """What the pictures of some figures are made of, relative to the run folder."""
+    pictures = [picture for entry in entries for picture in entry["pictures"]]
+    return {str(name) for picture in pictures for name in (picture["svg"], picture["png"], *picture["data"])}
+
+
+def _whole(folder: Path, entry: Entry) -> bool:
+    return all((folder / name).is_file() for name in _files([entry]))
+
+
+def _linked(folder: Path, files: Mapping[str, Path]) -> None:
+    for stem, file in files.items():
+        at = folder / FOLDER / f"{stem}.npz"
+        if not (at.exists() and at.samefile(file)):
+            link(file, at)
+
+
+def _drop(folder: Path, names: Iterable[str]) -> None:
+    """Remove pictures and links that no figure has any more; nothing but files of the folder `figures`."""
+    for name in names:
+        if (file := folder / name).parent == folder / FOLDER and file.suffix in (".svg", ".png", ".npz"):
+            file.unlink(missing_ok=True)

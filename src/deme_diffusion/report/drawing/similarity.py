@@ -2,12 +2,280 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import FigureData
 from deme_diffusion.report.drawing.picture import Picture
+from deme_diffusion.report.figures import COLOURS, DIVERGING, INK, colour_bar
+
+Array = NDArray[np.float64]
+BLUE, RED = COLOURS[0], COLOURS[1]
+"""Pairs that conflict, and that do not: as the ends of the heatmap's colours."""
+PIXELS, FEWER_PIXELS = 160, 80
+"""A side of the heatmap of [0, T), and of a range's, at most: more bins are drawn as means, to keep an SVG small."""
+STEPS = 100
+"""Steps of the line of agreement, at most."""
+TOP, ROW = 3.3, 2.75
+"""Inches that [0, T) and a row of ranges are high."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The similarities within one subset of the timesteps."""
+
+    meta: Mapping[str, Any]
+    cosine: Array
+    edges: Array
+    agreement: Array
+
+    @property
+    def name(self) -> str:
+        return str(self.meta["name"])
+
+    @property
+    def bins(self) -> int:
+        return len(self.cosine)
+
+    @property
+    def pairs(self) -> Array:
+        """Cosines of the K (K - 1) / 2 pairs."""
+        return np.asarray(self.cosine[np.triu_indices(self.bins, 1)])
+
+    @property
+    def share(self) -> str:
+        return _percent(self.meta["conflicting"])
+
+    @property
+    def axis(self) -> str:
+        return "timestep t" if self.meta["edges"] == "timestep" else "position in the subset"
 
 
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
-    """To come."""
-    raise NotImplementedError
+    """One picture: [0, T) at large, its ranges small. Raises UserError where the data lack something."""
+    parts = [_part(one) for one in data]
+    first, ranges = parts[0], parts[1:]
+    limit = _limit(parts)
+    columns = _columns(len(ranges))
+    rows = math.ceil(len(ranges) / columns)
+
+    def draw(figure: Any) -> None:
+        heights = [TOP] + [ROW] * rows
+        blocks = figure.subfigures(1 + rows, 1, height_ratios=heights, hspace=0.04, squeeze=False)[:, 0]
+        for block in blocks:
+            block.set_facecolor("none")
+        _large(blocks[0], first, limit)
+        for row, block in enumerate(blocks[1:]):
+            _small(block, ranges[row * columns : (row + 1) * columns], columns, limit)
+
+    alt = f"Heatmap and histogram of cosines between gradients. In {first.name}: {_seen(first)}"
+    alt += "".join(f" Within {part.name}: {_seen(part)}" for part in ranges)
+    title = "Do timesteps agree? Similarity of gradients between timesteps"
+    return [Picture("similarity", title, _caption(first, ranges), alt, draw, 7.0, TOP + ROW * rows)]
+
+
+def _part(data: FigureData) -> Part:
+    try:
+        cosine, edges, agreement = (np.asarray(data.arrays[n], float) for n in ("cosine", "edges", "agreement"))
+        for name in ("name", "edges", "conflicting", "conflicting_least", "conflicting_most", "conflicting_halves"):
+            data.meta[name]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"data of gradient similarity: {error} is missing or broken; make them again") from None
+    if cosine.shape != (len(edges) - 1,) * 2 or agreement.shape != cosine.shape[:1] or not len(cosine):
+        raise UserError(f"data of gradient similarity: cosines {cosine.shape} for {len(edges)} edges; make them again")
+    return Part(data.meta, cosine, edges, agreement)
+
+
+def _limit(parts: Sequence[Part]) -> float:
+    """Where the shared colours end: the largest cosine of a pair, in tenths."""
+    largest = max((float(np.abs(part.pairs).max()) for part in parts if part.bins > 1), default=1.0)
+    return min(1.0, math.ceil(largest * 10 + 1e-9) / 10)
+
+
+def _columns(ranges: int) -> int:
+    """Of small pictures: three or four, whichever leaves less of the last row empty."""
+    return 3 if -ranges % 3 < -ranges % 4 or ranges < 3 else 4
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def _large(block: Any, part: Part, limit: float) -> None:
+    grid = block.add_gridspec(2, 2, width_ratios=[1.25, 1.0], height_ratios=[1.7, 1.0])
+    axes = block.add_subplot(grid[:, 0])
+    image = _heatmap(axes, part, limit, PIXELS)
+    axes.set(xlabel=part.axis, ylabel=part.axis, title=f"{part.name}: {part.bins} bins")
+    extend = "neither" if limit >= 1 else "max"
+    bar = colour_bar(block, image, axes, "cosine of two gradients", extend=extend)
+    bar.set_ticks([-limit, -limit / 2, 0, limit / 2, limit])
+    axes = block.add_subplot(grid[0, 1])
+    _histogram(axes, part)
+    axes.set(xlabel="cosine of two gradients", ylabel="% of pairs")
+    halves = part.meta["conflicting_halves"]
+    axes.set_title(f"{part.share} of pairs conflict" + f"\n(halves of the images: {_both(halves)})" * bool(halves))
+    _agreement(block.add_subplot(grid[1, 1]), part)
+
+
+def _small(block: Any, parts: Sequence[Part], columns: int, limit: float) -> None:
+    grid = block.add_gridspec(2, columns, height_ratios=[2.3, 1.0])
+    for column, part in enumerate(parts):
+        axes = block.add_subplot(grid[0, column])
+        _heatmap(axes, part, limit, FEWER_PIXELS)
+        axes.set_title(f"{_wrapped(part.name)}\n{part.share} conflict", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if part.axis != "timestep t":
+            axes.set_xlabel(part.axis, fontsize=7)
+        axes = block.add_subplot(grid[1, column])
+        _histogram(axes, part)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("cosine", fontsize=7)
+        if not column:
+            axes.set_ylabel("% of pairs", fontsize=7)
+
+
+def _heatmap(axes: Any, part: Part, limit: float, pixels: int) -> Any:
+    lo, hi = float(part.edges[0]), float(part.edges[-1])
+    image = axes.imshow(
+        thinned(part.cosine, pixels),
+        cmap=DIVERGING,
+        vmin=-limit,
+        vmax=limit,
+        extent=(lo, hi, lo, hi),
+        origin="lower",
+        interpolation="none",
+    )
+    ticks = [lo, (lo + hi) / 2, hi] if (hi - lo) % 2 == 0 else [lo, hi]
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(length=2.5)
+    return image
+
+
+def _histogram(axes: Any, part: Part) -> None:
+    if part.bins < 2:
+        axes.text(0.5, 0.5, "one bin: no pairs", transform=axes.transAxes, ha="center", fontsize=8)
+        axes.set(xlim=(-1, 1), xticks=[-1, 0, 1], yticks=[])
+        return
+    edges = np.linspace(-1.0, 1.0, 41)
+    shares = np.histogram(part.pairs, edges)[0] * 100.0 / len(part.pairs)
+    colours = [BLUE if left < -1e-9 else RED for left in edges[:-1]]
+    axes.bar(edges[:-1], shares, np.diff(edges), align="edge", color=colours, linewidth=0)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlim=(-1, 1), xticks=[-1, 0, 1])
+    axes.margins(y=0.12)
+    axes.yaxis.get_major_locator().set_params(nbins=3)
+
+
+def _agreement(axes: Any, part: Part) -> None:
+    """How well two halves of the images agree about a bin: where they do not, its cosines are noise."""
+    starts = np.arange(steps := min(part.bins, STEPS)) * part.bins // steps
+    means = np.add.reduceat(part.agreement, starts) / np.diff(np.append(starts, part.bins))
+    edges = np.append(part.edges[starts], part.edges[-1])
+    axes.stairs(means, edges, color=COLOURS[2], linewidth=1.3, baseline=None)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], xlim=(part.edges[0], part.edges[-1]), xlabel=part.axis)
+    axes.set_ylabel("cosine")
+    axes.set_title("agreement of two halves of the images", fontsize=8)
+
+
+def thinned(matrix: Array, most: int) -> Array:
+    """A (K, K) matrix as the means of at most `most` x `most` blocks."""
+    if len(matrix) <= most:
+        return matrix
+    starts = np.arange(most) * len(matrix) // most
+    sizes = np.diff(np.append(starts, len(matrix)))
+    sums = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    return np.asarray(sums / np.outer(sizes, sizes))
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+def _caption(first: Part, ranges: Sequence[Part]) -> str:
+    meta = first.meta
+    told = [
+        "Cosine similarity between the pretrained model's gradients of the denoising loss in two bins of timesteps, on "
+        f"{meta['num_images']} images of the {meta['split']} split (the same, with the same noise, in every bin). "
+        f"Blue: the gradients conflict. In {first.name} {first.share} of the pairs of {first.bins} bins do"
+        + (f"; within {_listed([_share(part) for part in ranges])}." if ranges else "."),
+        _error(first),
+        _noise(first, ranges),
+    ]
+    thin = [part for part, most in [(first, PIXELS), *((p, FEWER_PIXELS) for p in ranges)] if part.bins > most]
+    if thin:
+        told.append("Heatmaps of more bins than they have pixels show means over neighbouring bins.")
+    return " ".join(sentence for sentence in told if sentence)
+
+
+def _share(part: Part) -> str:
+    """A range's share, and those on either half of the images where they are others."""
+    share, halves = part.meta["conflicting"], part.meta["conflicting_halves"]
+    differ = any(abs(half - share) > 0.02 for half in halves)
+    return f"{part.name} {part.share}" + (f" ({_either(halves)})" if differ else "")
+
+
+def _either(halves: Sequence[float]) -> str:
+    return f"{_both(halves)} on either half of the images alone"
+
+
+def _both(halves: Sequence[float]) -> str:
+    return " and ".join(map(_percent, halves))
+
+
+def _error(part: Part) -> str:
+    meta = part.meta
+    if not meta["error"]:
+        return "Cosines are exact for these images."
+    least, most = _percent(meta["conflicting_least"]), _percent(meta["conflicting_most"])
+    left = "which leaves that share as it is" if least == most else f"by which that share may be {least} to {most}"
+    return (
+        f"Gradients were projected from {meta['parameters']:,} to {meta['sketch']:,} dimensions: a standard error of "
+        f"at most {meta['error']:.2g} in each cosine, {left} (at two errors)."
+    )
+
+
+def _noise(first: Part, ranges: Sequence[Part]) -> str:
+    """What other images might have shown."""
+    if not first.meta["conflicting_halves"]:
+        return "They are gradients of one image: another one would give others."
+    told = f"Other images would give other shares: {_either(first.meta['conflicting_halves'])}."
+    doubtful, inside = (f"{sum(map(_noisy, some))} of {sum(p.bins for p in some)}" for some in ([first], ranges))
+    if any(map(_noisy, [first, *ranges])):
+        told += f" In {doubtful} bins" + (f", and {inside} of the ranges," if ranges else "")
+        told += " the two halves agree by a cosine below 0.5: there noise prevails, and only more images"
+        told += " (similarity.num_images) would tell."
+    return told
+
+
+def _noisy(part: Part) -> int:
+    """Bins about which the halves of the images hardly agree."""
+    return int((part.agreement < 0.5).sum())
+
+
+def _seen(part: Part) -> str:
+    if part.bins < 2:
+        return "one bin, no pairs."
+    low, high = float(part.pairs.min()), float(part.pairs.max())
+    return f"{part.share} of pairs conflict; cosines from {low:.2f} to {high:.2f}, mean {part.meta['mean']:.2f}."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _wrapped(name: str, width: int = 22) -> str:
+    """A long name of several runs in two lines."""
+    head, plus, rest = name.partition("+")
+    return name if len(name) <= width or not plus else f"{head}+\n{rest}"

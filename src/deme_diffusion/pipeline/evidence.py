@@ -1,0 +1,208 @@
+"""What a run has to show: weights, curves, grids, figures and experiments, from what its stages left. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deme_diffusion.artefacts import Store
+from deme_diffusion.config import FIGURES, FigureName, Recipe
+from deme_diffusion.errors import UserError
+from deme_diffusion.files import read_jsonl, write_bytes, write_npy
+from deme_diffusion.pipeline import found
+from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.merges import HowToMerge
+from deme_diffusion.pipeline.node import MERGE, Node, figure_file
+from deme_diffusion.provenance import provenance
+from deme_diffusion.recipes import to_yaml
+from deme_diffusion.report.ablation_record import check_record
+from deme_diffusion.report.drawing.gallery import FOLDER as FIGURES_FOLDER
+from deme_diffusion.report.drawing.gallery import draw_figures
+from deme_diffusion.report.figures import sample_grid
+from deme_diffusion.report.tables import Row
+from deme_diffusion.weight_files import read_json
+
+log = logging.getLogger(__name__)
+ABLATIONS, RECORD = "ablations", "ablation.json"
+"""Where a run folder holds its experiments, and what each of them found."""
+GRID_IMAGES, GRID_WIDTH = 64, 640  # of a grid on disk: how many images, and about how many pixels across
+LOSSES, VALIDATION, SEARCH, IMAGES = "loss.jsonl", "validation.jsonl", "search.json", "images.npy"
+"""Files of trainings, searches and samples (`decoupling.journal`, `pipeline.searching`, `evaluation.sample`)."""
+GRIDS = ("base", "all-timesteps", "ensemble", "merged")
+
+
+@dataclass
+class Evidence:
+    """An opened run: its recipe, folder, store and graph. `stages` grows as stages finish or are found done."""
+
+    recipe: Recipe
+    folder: Path
+    store: Store
+    graph: Graph
+    command: str = ""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> Path:
+        """Where the merged pipeline is linked, made or not; with several seeds that of the first."""
+        return self.folder / f"merged{self.suffix(self.recipe.seeds[0])}"
+
+    def suffix(self, seed: int) -> str:
+        """What names of links end with, where there are several seeds."""
+        return "" if len(self.recipe.seeds) == 1 else f"-seed{seed}"
+
+    def required(self) -> list[Node]:
+        """What the table is made of: all stages but those of figures alone."""
+        drawn = {node.digest for nodes in self.graph.figures.values() for node in nodes}
+        return self.graph.needed([node for node in self.graph.nodes if node.digest not in drawn])
+
+    def content(self, rows: list[Row]) -> dict[str, Any]:
+        """What the page and the card show."""
+        seed = self.recipe.seeds[0]
+        figures = self.draw(self._figures())
+        content: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "description": self.recipe.description,
+            "demonstration": self.recipe.demonstration,
+            "command": self.command,
+            "recipe_yaml": to_yaml(self.recipe),
+            "table": rows,
+            "folder": str(self.folder),
+            "outcome": self.graph.outcome,
+            "loss_ranges": self.graph.loss_ranges,
+            "stages": [self.entry(node) for node in self._shown()],
+            "provenance": self._made_by(),
+            "division": self.graph.division.as_dict(),
+            "curves": self._curves(seed),
+            "grids": self._grids(seed),
+            "base_model": self.graph.base.label,
+            "merged_path": str(self.merged),
+            "ablations": self._experiments(),
+            "figures": figures,
+        }  # fmt: skip
+        if seed in self.graph.merged:
+            content |= self._weights(seed)
+            content["lost_gains"] = found.lost_gains(self.graph, self.store, rows) if self._searched() else []
+        return content
+
+    def _made_by(self) -> list[dict[str, Any]]:
+        """Versions and machines of the stages that are there, not of whoever writes the page."""
+        seen = (self.store.glimpse(node.key) for node in self._shown())
+        return [one.manifest["provenance"] for one in seen if one and one.manifest.get("provenance")] or [provenance()]
+
+    def entry(self, node: Node) -> dict[str, Any]:
+        """A stage as the page tells it."""
+        return {"stage": node.stage, "label": node.label, "digest": node.digest, **self.stages.get(node.digest, {})}
+
+    def _shown(self) -> list[Node]:
+        """All stages, and of figures that the recipe leaves out those that are there."""
+        beside = {node.digest for name, nodes in self.graph.figures.items() for node in nodes
+                  if name not in self.recipe.analyze.figures}  # fmt: skip
+        required = {node.digest for node in self.required()}
+        idle = {digest for digest in beside - required if "seconds" not in self.stages.get(digest, {})}
+        return [node for node in self.graph.nodes if node.digest not in idle]
+
+    def _searched(self) -> bool:
+        return all(self.store.status(search.key) == "done" for search in self.graph.searches.values())
+
+    def _figures(self) -> list[FigureName]:
+        """The recipe's figures, and those that were once asked for beyond them."""
+        made = {entry.get("stage") for entry in self.stages.values()}
+        return [name for name in FIGURES if name in self.graph.figures or name in made]
+
+    def draw(self, names: Sequence[FigureName]) -> list[dict[str, Any]]:
+        """Draw those of these figures whose data are there; what was drawn already is not drawn again."""
+        data: dict[FigureName, dict[str, Path]] = {}
+        for name in names:
+            found = {}
+            for i, node in enumerate(self.graph.figure(name)):
+                if (artefact := self.store.find(node.key)) is not None:
+                    found[f"{name}-{i}" if i else name] = artefact.path(figure_file(node))
+            data |= {name: found} if found else {}
+        return draw_figures(self.folder, data)
+
+    def _experiments(self) -> list[dict[str, Any]]:
+        """What the experiments in this folder found; a record that cannot be shown is told and left out."""
+        found = []
+        for file in sorted(self.folder.glob(f"{ABLATIONS}/*/{RECORD}")):
+            try:
+                check_record(content := read_json(file))
+            except UserError as error:
+                log.warning("not shown: %s", error if str(file) in str(error) else f"{file}: {error}")
+            else:
+                found.append(content)
+        return found
+
+    def _weights(self, seed: int) -> dict[str, Any]:
+        experts = self.recipe.decouple.num_ranges
+        merged = self.store.find(self.graph.merged[seed].key)
+        how: HowToMerge = self.graph.merged[seed].arguments["how"]
+        weights = {"merged-uniform": how.method.default_weights(experts)}
+        weights |= {"merged": merged.results["weights"]} if merged else {}
+        search = self.graph.searches.get(seed)
+        searched = self.search_of(search) if search else None
+        merge = read_json(merged.path(MERGE)) if merged else {}
+        extra = (merged.results if merged else {}).get("projection")
+        content = {"weights": weights, "search": searched, "merge": merge}
+        return {**content, **({"projection": extra} if extra else {})}
+
+    def search_of(self, search: Node) -> dict[str, Any] | None:
+        """What a search found; None before it has ended."""
+        done = self.store.status(search.key) == "done"
+        return read_json(self.store.folder(search.key) / SEARCH) if done else None
+
+    def weights_found(self, rows: Sequence[Row] = ()) -> list[str]:
+        """A line for each `merged`: its weights and whose they are; by the table, which search's gain was noise."""
+        return found.weights_lines(self.graph, self.store) + found.lost_gains(self.graph, self.store, rows)
+
+    def trainings(self, seed: int) -> list[Node]:
+        """The trained models of one seed: experts first, then base and controls."""
+        parts = (part for served in self.graph.served[seed] for part in served.parts if isinstance(part, Node))
+        return list({node.digest: node for node in (*self.graph.experts[seed], *parts)}.values())
+
+    def _curves(self, seed: int) -> dict[str, Any]:
+        """Losses of the trainings, also of one that goes on."""
+        training, validation = {}, {}
+        for node in self.trainings(seed):
+            folder = self.store.folder(node.key)
+            if not (folder / LOSSES).exists():
+                continue
+            training[node.label] = self.points(folder / LOSSES, "denoising")
+            validation[node.label] = self.points(folder / VALIDATION, "own")
+        return {"training loss": training, "validation loss": validation}
+
+    def points(self, journal: Path, loss: str) -> list[list[float]]:
+        """(step, loss) of each line of a training's journal."""
+        return [[record["step"], record[loss]] for record in read_jsonl(journal)]
+
+    def _grids(self, seed: int) -> dict[str, str]:
+        """The same seeds before and after, as links from the run folder."""
+        import numpy as np
+
+        grids = {}
+        for name in GRIDS:
+            node = self.graph.samples.get((name, seed))
+            if node is None or self.store.status(node.key) != "done":
+                continue
+            images = np.array(np.load(self.store.folder(node.key) / IMAGES, mmap_mode="r")[:GRID_IMAGES])
+            path = self.folder / FIGURES_FOLDER / f"{name}.npy"
+            grids[name] = f"{FIGURES_FOLDER}/{name}.npy"
+            if _holds(path, images):
+                continue
+            write_npy(path, images)
+            scale = max(1, min(4, GRID_WIDTH // (16 * images.shape[2])))  # of large images, PNG would take seconds
+            write_bytes(path.with_suffix(".png"), sample_grid(images, columns=16, scale=scale))
+        return grids
+
+
+def _holds(path: Path, images: Any) -> bool:
+    """Whether a grid is drawn already."""
+    import numpy as np
+
+    try:
+        return path.with_suffix(".png").is_file() and np.array_equal(np.load(path), images)
+    except (OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,91 @@
+"""What was done, in two or three plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from deme_diffusion.division import names_of
+from deme_diffusion.report.cells import REAL_IMAGES
+from deme_diffusion.report.page.stages import FINISHED, state_of
+
+MOST_NAMED = 6
+"""Ranges and weights that a sentence lists; of more it tells the first and last, or none."""
+Run = Mapping[str, Any]
+
+
+def story(run: Run) -> list[str]:
+    """Sentences on training, merging and measuring; none of what the run does not tell."""
+    return [" ".join(part.split()) for part in (_trained(run), _merged(run), _measured(run)) if part]
+
+
+def _trained(run: Run) -> str:
+    division = run.get("division")
+    if not division or not run.get("stages"):
+        return ""
+    count, total = len(division["subsets"]), division["num_train_timesteps"]
+    base = f"the base {run['base_model']}" if run.get("base_model") else "the base"
+    steps = list(_steps(run, "expert "))
+    ranges = _listed(names_of(division["subsets"]))
+    done = all(state_of(stage) in FINISHED for stage in run["stages"] if stage["stage"] == "decouple")
+    verb = ("were" if count > 1 else "was") if done else ("are being" if count > 1 else "is being")
+    who = f"{count} expert{'s' if count > 1 else ''} {verb}"
+    return f"From {base}, {who} finetuned on the timesteps {ranges} of T = {total:,}{_budget(steps)}{_control(run)}."
+
+
+def _steps(run: Run, label: str) -> Iterator[int]:
+    """Optimizer steps of the trainings whose label begins so, of the first seed."""
+    for stage in run["stages"]:
+        named = str(stage.get("label") or "")
+        if stage["stage"] == "decouple" and named.startswith(label) and stage.get("steps"):
+            yield stage["steps"]
+
+
+def _budget(steps: Sequence[int]) -> str:
+    if not steps:
+        return ""
+    each = f"{steps[0]:,} optimizer steps each" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps"
+    return f", {each}"
+
+
+def _control(run: Run) -> str:
+    steps = next(_steps(run, "all-timesteps"), None)
+    return f"; the control all-timesteps had {steps:,} steps on all of them" if steps else ""
+
+
+def _merged(run: Run) -> str:
+    weights = (run.get("weights") or {}).get("merged")
+    if not weights:
+        return ""
+    method = (run.get("merge") or {}).get("method", "task_arithmetic").replace("_", " ")
+    told = f" {', '.join(f'{w:.3g}' for w in weights)}" if len(weights) <= MOST_NAMED else ""
+    beside = (
+        "with small projections beside it" if run.get("projection") else "of the base's architecture, size and cost"
+    )
+    return f"Their task vectors were merged by {method} into one model {beside}, with the weights{told}{_found(run)}."
+
+
+def _found(run: Run) -> str:
+    search = run.get("search")
+    if not search or not search.get("trials"):
+        return " given beforehand"
+    count = len(search["trials"])
+    method = search["method"].replace("_", " ")
+    return f", the best of {count:,} trials by {search['objective']} (search: {method})"
+
+
+def _measured(run: Run) -> str:
+    rows = run.get("table") or []
+    models = [row["model"] for row in rows if row["model"] != REAL_IMAGES]
+    splits = {f["protocol"].get("split") for row in rows for f in row["metrics"].values()} - {None}
+    if not models or not run.get("stages") or splits != {"report"}:
+        return ""
+    return (
+        f"Losses and scores of {_listed(models)} were taken on the report split, which no training and no search saw."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMED:
+        return f"{names[0]}, {names[1]} ... {names[-1]}"
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)

@@ -1,0 +1,71 @@
+"""The model card as the hub reads it: front matter, results, and what it does not claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from deme_diffusion.report.card import model_card
+from pages import content
+
+HUB = "model: {pretrained: google/ddpm-church-256}\ndata: {source: hub, path: owner/churches}\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Any]:
+    made = content(tmp_path, ())
+    return {**made, "recipe": "church", "base_model": "google/ddpm-church-256", "recipe_yaml": HUB}
+
+
+def test_the_hub_reads_what_the_model_is_and_what_was_measured(run: dict[str, Any]) -> None:
+    card = ModelCard(model_card(run))
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "unconditional-image-generation")
+    assert (data["base_model"], data["base_model_relation"]) == ("google/ddpm-church-256", "finetune")
+    assert data["datasets"] == ["owner/churches"] and "decouple-then-merge" in data["tags"]
+    assert card.data.model_name == "church"
+    results = {one.metric_name: one for one in card.data.eval_results}
+    fd = results["FD(digits-cnn) DDIM-20"]
+    assert (fd.metric_type, fd.metric_value, fd.dataset_split) == ("frechet-distance", 5.9, "report")
+    assert (fd.dataset_type, fd.metric_args) == ("owner/churches", {"spread": 0.1, "n": 2000})
+    assert results["loss [0,6)"].metric_type == "loss" and results["recall DDPM-50"].metric_type == "recall"
+
+
+def test_only_the_inception_network_s_distance_is_called_fid(run: dict[str, Any]) -> None:
+    merged = next(row for row in run["table"] if row["model"] == "merged")
+    some = merged["metrics"]["FD(digits-cnn) DDIM-20"]
+    merged["metrics"] = {"FD(inception) DDIM-20": some, "parameters": some, "KID(x) DDIM-20": {**some, "mean": None}}
+    results = ModelCard(model_card(run)).data.eval_results
+    assert [(one.metric_type, one.metric_name) for one in results] == [("fid", "FD(inception) DDIM-20")]
+
+
+def test_the_card_claims_no_licence_and_no_hub_base_that_is_none(run: dict[str, Any]) -> None:
+    card = model_card({**run, "base_model": "/data/mine", "recipe_yaml": "data: [broken"})
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert "license" not in front and "# license: set it before you publish" in card
+    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
+    assert "this card states no licence of its own" in " ".join(card.split())
+
+
+def test_weights_say_how_they_were_found_and_what_was_noise(run: dict[str, Any]) -> None:
+    lost = "the search's gain <b> was noise"
+    search = {**run["search"], "source": "one-hot 1", "objective": "FD, search split"}
+    card = model_card({**run, "search": search, "lost_gains": [lost]})
+    assert "Found by grid on FD, search split, 14 trials, the best: one-hot 1." in card
+    assert "The search's gain &lt;b> was noise." in card
+
+
+def test_a_picture_of_samples_is_shown_from_beside_the_card(run: dict[str, Any]) -> None:
+    assert "![Samples of the same seeds, before and after](my%20samples.png)" in model_card(
+        run, samples="my samples.png"
+    )
+    assert "![" not in model_card(run)
+
+
+def test_hostile_names_stay_text(run: dict[str, Any], tmp_path: Path) -> None:
+    card = model_card({**content(tmp_path, ()), "recipe": "a: b\n---\n<script>"})
+    assert ModelCard(card).data.model_name == "a: b\n---\n<script>"
