@@ -20,7 +20,8 @@ from deme_diffusion.ablate.outcome import _labels, content, planned
 from deme_diffusion.ablate.plan import Ablation, Plan
 from deme_diffusion.ablate.running import Findings, carried_out, opened_plan, run_plan
 from deme_diffusion.ablate.writing import to_yaml
-from deme_diffusion.artefacts import Artefact, Store, clean, referenced
+from deme_diffusion.artefacts import Artefact, Store
+from deme_diffusion.clean_up import clean, referenced
 from deme_diffusion.config import Recipe
 from deme_diffusion.decoupling import train
 from deme_diffusion.errors import Interrupted, MachineError, UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,15 +23,18 @@ from conftest import T, make_pico_denoiser, make_pico_values, save_pipeline
 from deme_diffusion import cli
 from deme_diffusion.analysis import trajectory
 from deme_diffusion.analysis.trajectory import chosen_steps, predicted_clean, reduced, reduction
-from deme_diffusion.artefacts import MANIFEST, Store, referenced
-from deme_diffusion.artefacts import clean as clean_store
+from deme_diffusion.artefacts import MANIFEST, WORK, Store
+from deme_diffusion.clean_up import clean as clean_store
+from deme_diffusion.clean_up import referenced
 from deme_diffusion.config import FIGURES, SamplerSettings
-from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample
 from deme_diffusion.figure_file import read_figure
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.pipeline import analysing
 from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.run import open_run
+from deme_diffusion.recipes import load
 from deme_diffusion.recipes.checks import parse
 from deme_diffusion.report.drawing import gallery
 
@@ -126,8 +130,10 @@ def test_a_run_ends_with_all_six_figures(finished: Path) -> None:
 
 def test_asked_again_nothing_is_computed_and_nothing_drawn(finished: Path, deme: Deme) -> None:
     before = made(finished.parent), {f: f.stat().st_mtime_ns for f in (finished / "figures").iterdir()}
+    (finished / "report.html").unlink()
     status, out, _ = deme("analyze", finished, "--json")
     pictures = json.loads(out)
+    assert 'id="figures"' in (finished / "report.html").read_text()  # which shows what was drawn
     assert status == 0
     assert {picture["kind"] for picture in pictures} == set(FIGURES)
     assert all(Path(file).is_file() for p in pictures for file in (p["svg"], p["png"], *p["data"]))
@@ -186,23 +192,71 @@ def test_from_python_the_pictures_come_with_their_files(finished: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_a_figure_that_cannot_be_made_costs_no_table(
+def test_a_figure_that_cannot_be_made_costs_no_other_and_no_table(
     finished: Path, deme: Deme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise MachineError("no room for a figure")
+    def broken(error: Exception) -> Callable[..., None]:
+        def write(*_: Any, **__: Any) -> None:
+            raise error
 
-    monkeypatch.setattr(analysing, "write_trajectory", broken)
+        return write
+
+    monkeypatch.setattr(analysing, "write_activations", broken(ValueError("nothing to see")))
+    monkeypatch.setattr(analysing, "write_vectors", broken(UserError("no such vector")))
     folder = finished.parent / "broken"
-    words = ["run", finished.parent.parent / "pico.yaml", "analyze.figures=[trajectory]", "analyze.seed=2"]
+    settings = ["analyze.figures=[activations,vectors,trajectory]", "analyze.seed=2", "decouple.learning_rate=2e-3"]
+    words = ["run", finished.parent.parent / "pico.yaml", *settings]
     status, _, err = deme(*words, "--out", folder)
-    assert (status, err.splitlines()[-1]) == (1, "deme: no room for a figure")
-    assert "the figures are not complete, all else is: no room for a figure" in err
+    said = "activation differences: nothing to see; entries of the task vectors: no such vector"
+    assert (status, err.splitlines()[-1]) == (1, f"deme: the figures are not complete, all else is: {said}")
     assert (folder / "table.json").is_file()
-    assert (folder / "report.html").is_file()
+    assert "grids and trajectory" in (folder / "report.html").read_text()
+    assert [entry["kind"] for entry in json.loads((folder / "figures/figures.json").read_text())] == ["trajectory"]
     monkeypatch.undo()
     assert deme(*words, "--out", folder)[0] == 0
-    assert (folder / "figures/samples.svg").is_file()
+    assert len(json.loads((folder / "figures/figures.json").read_text())) == 3
+
+
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_figures_that_are_asked_for_are_made_but_for_the_broken_one(finished: Path, deme: Deme, jobs: int) -> None:
+    """A file lies where its stage would work, also for the processes."""
+    recipe, seed = finished.parent.parent / "pico.yaml", f"analyze.seed={40 + jobs}"
+    graph = Graph(load(str(recipe), [seed]).recipe)
+    store = Store(finished.parent / "store")
+    (node,) = graph.figure("activations")
+    store.folder(node.key).mkdir()
+    (store.folder(node.key) / WORK).write_text("no folder")
+    asked = ["--figure", "activations", "--figure", "trajectory", "--jobs", jobs]
+    status, out, err = deme("analyze", recipe, seed, *asked, "--out", finished.parent / f"broken-{jobs}")
+    assert (status, err.count("\ndeme: the figures are not complete, all else is: activation differences: ")) == (1, 1)
+    assert store.status(graph.figure("trajectory")[0].key) == "done"
+    assert "trajectory" in out
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_commands_at_once_keep_each_others_figures(finished: Path) -> None:
+    """Both were opened before either noted anything."""
+    recipe = load(str(finished.parent.parent / "pico.yaml"), ["analyze.figures=[]"])
+    runs = [open_run(recipe, out=finished.parent / "at-once") for _ in range(2)]
+    for run in runs:
+        run.prepare()
+    for run, name in zip(runs, ("trajectory", "vectors"), strict=True):
+        run.analyze([name])
+    record = json.loads((runs[0].folder / "run.json").read_text())
+    assert record["figures_asked"] == ["vectors", "trajectory"]
+    assert {entry["stage"] for entry in record["stages"]} >= {"vectors", "trajectory"}
+    again = open_run(load(str(runs[0].folder)), download=False)
+    assert {picture["kind"] for picture in again.content([])["figures"]} == {"vectors", "trajectory"}
+
+
+def test_only_figures_that_were_asked_for_are_shown(finished: Path, deme: Deme) -> None:
+    """The similarity that a division is made by is none, though its stage is there."""
+    folder = finished.parent / "bare"
+    words = [finished.parent.parent / "pico.yaml", "analyze.figures=[]", "similarity.num_images=5", "--out", folder]
+    status, _, err = deme("similarity", *words)
+    assert status == 0, err
+    assert open_run(load(str(folder)), download=False).content([])["figures"] == []
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -315,6 +369,54 @@ def test_figures_wait_for_a_division_by_gradients(tmp_path: Path, pico_pipeline:
     assert all(stage["status"] == "done" for stage in settled["stages"])
     drawn = {stage["digest"] for stage in planned["stages"] if stage["stage"] in FIGURES}
     assert not drawn & {stage["digest"] for stage in settled["stages"] if stage["stage"] != "similarity"}
+
+
+def test_digests_tell_how_experts_from_elsewhere_are_named(finished: Path) -> None:
+    """Also where no loss is taken in their ranges; and the same said in other words is the same."""
+    recipe, ours = finished.parent.parent / "pico.yaml", [str(finished / "experts" / i) for i in "01"]
+
+    def digests(*changes: str, experts: bool = True) -> dict[str, list[str]]:
+        given = [f"analyze.experts={json.dumps(ours)}"] if experts else []
+        graph = Graph(load(str(recipe), [*given, "evaluate.loss_ranges=2", *changes]).recipe)
+        return {name: [node.digest for node in nodes] for name, nodes in graph.figures.items()}
+
+    along, overlapping = "analyze.directions=task_vectors", "decouple.division=overlapping"
+    one, other = digests(along), digests(along, overlapping, "decouple.overlap=0.5")
+    assert {name for name in FIGURES if one[name] != other[name]} == set(FIGURES) - {"similarity"}
+    bare = digests(), digests(overlapping, "decouple.overlap=0.5")
+    assert bare[0]["landscape"] == bare[1]["landscape"]  # random directions know no experts
+    assert digests("analyze.landscape_radius=0.25", "analyze.plane_experts=[0,1]") == bare[0]
+    assert digests(along, "analyze.landscape_radius=1.5") == one != digests(along, "analyze.landscape_radius=0.25")
+    assert bare[0]["plane"] != digests("analyze.plane_experts=[1,0]")["plane"]
+
+
+def test_gradients_are_compared_once_within_each_subset(pico_values: dict[str, Any]) -> None:
+    values = {**pico_values, "analyze": {"similarity_within": [[0, 5], [0, 5], [0, T]]}}
+    assert len(Graph(parse(values, where="test")).figure("similarity")) == 2
+
+
+def test_a_run_whose_experts_from_elsewhere_are_gone_can_be_looked_at(
+    finished: Path, tmp_path: Path, deme: Deme, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = tmp_path / "ours"
+    for i in "01":
+        shutil.copytree(finished / "experts" / i, ours / i)
+    shutil.copytree(finished.parent / "store", tmp_path / "runs/store", symlinks=True)
+    given = f"analyze.experts={json.dumps([str(ours / i) for i in '01'])}"
+    recipe = load(str(finished.parent.parent / "pico.yaml"), [given, "analyze.figures=[vectors,activations]"])
+    run = open_run(recipe, out=tmp_path / "runs" / "gone")
+    run.execute(run.required())
+    shutil.rmtree(ours)
+    status, _, err = deme("report", run.folder)
+    assert status == 0, err
+    lines = [line for line in err.splitlines() if "not shown of the figures" in line]
+    assert len(lines) == 1
+    assert "vectors, activations: analyze.experts.0: " in lines[0]
+    status, _, err = deme("analyze", run.folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("deme: analyze.experts.0: ")
+    with pytest.raises(UserError, match="no such folder"):
+        open_run(load(str(run.folder)))
 
 
 def test_arms_of_an_experiment_have_no_figures(pico_values: dict[str, Any]) -> None:

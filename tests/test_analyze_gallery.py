@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deme_diffusion.config import FIGURES
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.figure_file import FigureData, read_figure, write_figure
 from deme_diffusion.report.drawing import gallery, trajectory
@@ -144,6 +146,73 @@ def test_what_an_index_of_a_stranger_names_elsewhere_is_not_removed(tmp_path: Pa
     data_of(tmp_path, "plane", "b")
     drawn_in(run, {"plane": file})
     assert precious.is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"svg": "../../../etc/passwd"},
+        {"svg": "/etc/passwd"},
+        {"svg": "figures/../figures/a.svg"},
+        {"png": "figures/b.png"},
+        {"name": "../a", "svg": "figures/../a.svg", "png": "figures/../a.png"},
+        {"data": ["../secret.npz"]},
+        {"data": [1]},
+        {"width": None},
+        {"width": "7"},
+        {"height": float("inf")},
+        {"height": True},
+        {"alt": 1},
+        {"kind": "vectors"},
+    ],
+)
+def test_an_entry_that_was_never_written_by_us_is_drawn_again(
+    tmp_path: Path, drawn: list[str], change: dict[str, Any]
+) -> None:
+    run, data = tmp_path / "run", {kind: data_of(tmp_path, kind, kind[0]) for kind in ("plane", "vectors")}
+    data["plane"] = data_of(tmp_path, "plane", "a")
+    drawn_in(run, data)
+    index = json.loads((run / "figures/figures.json").read_text())
+    whole = json.loads(json.dumps(index))
+    index[0]["pictures"][0] |= change
+    (run / "figures/figures.json").write_text(json.dumps(index))
+    assert [one["svg"] for one in draw_figures(run, {"plane": {"plane": data["plane"]}})] == ["figures/a.svg"]
+    assert drawn == ["a", "v", "a"]
+    assert json.loads((run / "figures/figures.json").read_text()) == whole
+
+
+def test_a_link_in_place_of_a_picture_is_drawn_over(tmp_path: Path, drawn: list[str]) -> None:
+    run, data = tmp_path / "run", {"plane": data_of(tmp_path, "plane", "a")}
+    drawn_in(run, data)
+    secret = tmp_path / "secret"
+    secret.write_text("own")
+    (run / "figures/a.svg").unlink()
+    (run / "figures/a.svg").symlink_to(secret)
+    drawn_in(run, data)
+    assert drawn == ["a", "a"]
+    assert not (run / "figures/a.svg").is_symlink()
+    assert secret.read_text() == "own"
+
+
+def test_a_figure_is_drawn_again_where_its_own_drawing_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    before = {kind: gallery._drawn_by(kind) for kind in gallery.DRAWINGS}
+    own = str(gallery.vectors.__file__)
+    digest = gallery._digest
+    monkeypatch.setattr(gallery, "_digest", lambda file: "other" if file == own else digest(file))
+    assert [kind for kind in before if gallery._drawn_by(kind) != before[kind]] == ["vectors"]
+
+
+def test_what_draws_a_figure_is_known() -> None:
+    """Each module of drawings imports, of ours that draw, only those that its stamp covers."""
+    folder, package = Path(gallery.__file__).parent, "deme_diffusion.report"
+    beside = {kind: {module.__name__ for module in modules} for kind, modules in gallery.BESIDE.items()}
+    shared = {module.__name__ for module in gallery.SHARED}
+    for kind in FIGURES:
+        tree = ast.parse((folder / f"{kind}.py").read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        drawing = {name for name in names if name.startswith(package)}
+        assert drawing <= shared | beside.get(kind, set()), kind
 
 
 def test_files_are_drawn_wherever_they_lie(tmp_path: Path) -> None:

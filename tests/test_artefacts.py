@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from deme_diffusion import artefacts, files, provenance
+from deme_diffusion import artefacts, clean_up, files, provenance
 from deme_diffusion.artefacts import Key, Store
 from deme_diffusion.errors import MachineError, UserError
 
@@ -244,6 +244,22 @@ def test_provenance_is_json_and_knows_what_is_installed() -> None:
     assert found["versions"]["numpy"] is not None
 
 
+def test_what_made_a_run_is_told_by_machine_and_nothing_is_taken_from_another() -> None:
+    known = provenance.provenance() | {"processor": "A", "memory": "1 GB", "gpus": None}
+    old = {"python": "3.11", "versions": known["versions"], "git": None}
+    found = provenance.made_by([known, old, old, {**known, "python": "3.12"}, None, {**known, "gpus": ["H100"]}, old])
+    assert [(one["stages"], one["processor"], one["gpus"]) for one in found] == [
+        (3, "unknown", "unknown"),
+        (2, "A", None),
+        (1, "unknown", "unknown"),
+        (1, "A", ["H100"]),
+    ]
+    assert found[1]["python"] == [known["python"], "3.12"] and found[2]["versions"] == "unknown"
+    assert provenance.made_by([]) == []
+    assert provenance.machine_of(old) is None and provenance.machine_of(None) is None
+    assert provenance.machine_of({**known, "processors": 2}) == "2 x A, 1 GB, no GPU"
+
+
 def test_provenance_survives_a_machine_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     provenance._git.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", failing(errno.EIO))
@@ -289,13 +305,13 @@ def test_clean_keeps_referenced_and_locked(store: Store) -> None:
     runs = store.root.parent
     files.write_json(runs / "demo" / "run.json", {"stages": [{"stage": "merge", "digest": kept.name, "more": 1}]})
     (runs / "notes.txt").write_text("not a run")
-    keep = artefacts.referenced(runs)
+    keep = clean_up.referenced(runs)
     assert keep == {("merge", kept.name)}
     size = sum(path.stat().st_size for path in loose.rglob("*") if path.is_file())
     with FileLock(f"{held}.lock"):
-        assert artefacts.clean(store, keep, dry_run=True) == [(loose, size)]
+        assert clean_up.clean(store, keep, dry_run=True) == [(loose, size)]
         assert loose.exists()
-        assert artefacts.clean(store, keep, dry_run=False) == [(loose, size)]
+        assert clean_up.clean(store, keep, dry_run=False) == [(loose, size)]
     assert (kept.exists(), held.exists(), loose.exists(), foreign.exists()) == (True, True, False, True)
     assert store.status(keys[2]) == "missing"
 
@@ -303,10 +319,10 @@ def test_clean_keeps_referenced_and_locked(store: Store) -> None:
 def test_plans_asked_of_a_model_stop_no_clean_up(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     (tmp_path / "plans" / "digits-model.request.json").write_text("{}")
-    assert artefacts.referenced(tmp_path) == set()
+    assert clean_up.referenced(tmp_path) == set()
     (tmp_path / "plans" / "run.json").write_text("{}")
     with pytest.raises(UserError, match=r"plans/run\.json"):
-        artefacts.referenced(tmp_path)
+        clean_up.referenced(tmp_path)
 
 
 def test_experiments_on_an_arm_that_was_run_are_kept(tmp_path: Path) -> None:
@@ -315,10 +331,10 @@ def test_experiments_on_an_arm_that_was_run_are_kept(tmp_path: Path) -> None:
         files.write_json(tmp_path / folder / "run.json", {"stages": [{"stage": "merge", "digest": f"{i}"}]})
     files.write_json(tmp_path / "store" / "merge" / "run.json", {})
     files.link(tmp_path / "store", tmp_path / deep / "arms" / "store")
-    assert artefacts.referenced(tmp_path) == {("merge", f"{i}") for i in range(4)}
+    assert clean_up.referenced(tmp_path) == {("merge", f"{i}") for i in range(4)}
     (tmp_path / deep / "run.json").unlink()
     with pytest.raises(UserError, match=r"ablations/k/run\.json"):
-        artefacts.referenced(tmp_path)
+        clean_up.referenced(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", "[]", '{"stages": [{"stage": "merge"}]}', '{"stages": {"a": 1}}'])
@@ -327,15 +343,15 @@ def test_unreadable_run_stops_the_clean_up(tmp_path: Path, text: str | None) -> 
     if text is not None:
         (tmp_path / "demo" / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"demo/run\.json"):
-        artefacts.referenced(tmp_path)
+        clean_up.referenced(tmp_path)
 
 
 def test_run_on_an_unmounted_disk_stops_the_clean_up(tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="demo"):
-        artefacts.referenced(tmp_path)
+        clean_up.referenced(tmp_path)
     with pytest.raises(UserError, match="gone"):
-        artefacts.referenced(tmp_path / "gone")
+        clean_up.referenced(tmp_path / "gone")
 
 
 def test_clean_does_not_follow_links(store: Store, tmp_path: Path) -> None:
@@ -345,5 +361,5 @@ def test_clean_does_not_follow_links(store: Store, tmp_path: Path) -> None:
     (folder / "link").symlink_to(tmp_path / "precious")
     (store.root / "merge").mkdir()
     (store.root / "merge" / ("0" * 16)).symlink_to(tmp_path / "precious")
-    assert [path for path, _ in artefacts.clean(store, set(), dry_run=False)] == [folder]
+    assert [path for path, _ in clean_up.clean(store, set(), dry_run=False)] == [folder]
     assert (tmp_path / "precious" / "a").read_text() == "a"

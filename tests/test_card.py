@@ -9,7 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from deme_diffusion.report.card import model_card
+from deme_diffusion.report.card import loading_lines, model_card
+from deme_diffusion.report.tables import paragraph
 from pages import content
 
 HUB = "model: {pretrained: google/ddpm-church-256}\ndata: {source: hub, path: owner/churches}\n"
@@ -18,7 +19,7 @@ HUB = "model: {pretrained: google/ddpm-church-256}\ndata: {source: hub, path: ow
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
     made = content(tmp_path, ())
-    return {**made, "recipe": "church", "base_model": "google/ddpm-church-256", "recipe_yaml": HUB}
+    return {**made, "recipe": "church", "base_model_hub": "google/ddpm-church-256", "recipe_yaml": HUB}
 
 
 def test_the_hub_reads_what_the_model_is_and_what_was_measured(run: dict[str, Any]) -> None:
@@ -44,7 +45,7 @@ def test_only_the_inception_network_s_distance_is_called_fid(run: dict[str, Any]
 
 
 def test_the_card_claims_no_licence_and_no_hub_base_that_is_none(run: dict[str, Any]) -> None:
-    card = model_card({**run, "base_model": "/data/mine", "recipe_yaml": "data: [broken"})
+    card = model_card({**run, "base_model_hub": None, "base_model": "data/mine", "recipe_yaml": "data: [broken"})
     front = yaml.safe_load(card.split("---\n")[1])
     assert "license" not in front and "# license: set it before you publish" in card
     assert not {"base_model", "base_model_relation", "datasets"} & set(front)
@@ -57,6 +58,50 @@ def test_weights_say_how_they_were_found_and_what_was_noise(run: dict[str, Any])
     card = model_card({**run, "search": search, "lost_gains": [lost]})
     assert "Found by grid on FD, search split, 14 trials, the best: one-hot 1." in card
     assert "The search's gain &lt;b> was noise." in card
+    lines = ["merge weights: 0, 1, by one-hot 1: merged is expert 1 alone", lost]
+    more = model_card({**run, "search": search, "lost_gains": [lost], "weights_found": lines, "seeds": [3, 4]})
+    assert "Merge weights: 0, 1, by one-hot 1: merged is expert 1 alone." in more
+    assert more.count("was noise") == 1 and "Of training seed 3; the table is over 3, 4." in more
+
+
+LIKE_MARKDOWN = ["# a", "- a", "+ a", "* a", "1. a", "12) a", "> a", "~~~", "```sh", "---", "===", "`a`", "~~a~~"]
+LIKE_MARKDOWN += ["_a_ b_c", "[a]: b", "[a](b)", "![a](b)", "&lt;", "<b>", "a *b*", "| a |", "    a", "a  \nb", "\\* a"]
+
+
+@pytest.mark.parametrize("text", LIKE_MARKDOWN)
+def test_what_looks_like_markdown_stays_text(run: dict[str, Any], text: str) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    parsed = markdown_it.MarkdownIt("gfm-like", {"linkify": False})
+    said = paragraph(text)
+    tokens = parsed.parse(f"before\n\n{said}\n\nafter")
+    assert [token.type for token in tokens].count("paragraph_open") == 3 and len(tokens) == 9
+    (inline,) = [token.children for token in tokens if token.type == "inline"][1:2]
+    assert {child.type for child in inline} <= {"text", "text_special"}
+    assert "".join(child.content for child in inline) == " ".join(text.split())
+    assert f"\n\n{said}\n\n" in model_card({**run, "description": text})
+
+
+def test_no_folder_of_this_machine_is_on_the_card(run: dict[str, Any]) -> None:
+    recipe = "name: x\ndata: {path: /home/me/my images, kinds: [~/a, b/c]}\nurl: https://a.b/c\n"
+    card = model_card({**run, "recipe_yaml": recipe, "command": "deme run r data.path='/home/me/my images' --out x"})
+    assert "/home/me" not in card and "~/a" not in card
+    assert "path: '.../my images'" in card and "- b/c" in card and "https://a.b/c" in card
+    assert "'data.path=.../my images' --out x" in card
+    assert HUB in model_card(run), "what has none is as it was written"
+
+
+def test_a_model_with_projections_is_loaded_from_a_folder_that_it_is_fetched_into() -> None:
+    extra = {"projection": {"component": "unet", "places": ["mid"]}, "merged_path": "OWNER/NAME"}
+    lines = loading_lines(extra).splitlines()
+    assert lines[1:6] == [
+        "from huggingface_hub import snapshot_download",
+        'folder = snapshot_download("OWNER/NAME")',
+        "pipeline = DiffusionPipeline.from_pretrained(folder)",
+        "from deme_diffusion import attach_projection",
+        "attach_projection(pipeline.unet, folder)",
+    ]
+    assert "snapshot" not in loading_lines({**extra, "merged_path": "/runs/x/merged"})
+    assert "snapshot" not in loading_lines({"merged_path": "OWNER/NAME"})
 
 
 def test_a_picture_of_samples_is_shown_from_beside_the_card(run: dict[str, Any]) -> None:

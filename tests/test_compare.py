@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,8 +19,10 @@ from PIL import Image
 
 from browser import Browser
 from conftest import make_pico_values
-from deme_diffusion.artefacts import Store, clean
+from deme_diffusion.artefacts import Store
+from deme_diffusion.clean_up import clean, referenced
 from deme_diffusion.config import Recipe
+from deme_diffusion.errors import MachineError
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.pipeline import exporting
 from deme_diffusion.pipeline.run import Run, open_run
@@ -52,7 +55,8 @@ def content(folder: str, rows: list[Row], values: Mapping[str, Any] | None = Non
     recipe = Recipe.model_validate({"name": "toy", "model": {"pretrained": "base"}, **(values or {})})
     found = {
         "folder": folder, "recipe": "toy", "demonstration": False, "recipe_yaml": to_yaml(recipe), "table": rows,
-        "outcome": "merged", "command": "deme run toy", "loss_ranges": halves, "figures": [], "grids": {},
+        "outcome": "merged", "command": "deme run toy", "rerun": f"deme run {folder}", "cost_machine": None,
+        "loss_ranges": halves, "figures": [], "grids": {},
         "division": {"num_train_timesteps": 1000, "subsets": halves}, "weights": {"merged": [0.25, 0.75]},
     }  # fmt: skip
     return {**found, **more}
@@ -114,6 +118,22 @@ def test_metrics_of_unlike_protocols_are_not_compared_and_the_note_says_why() ->
     page = render_comparison(runs)
     assert "*" not in "".join(cells_of(page, "FD")) and "<sup>a</sup>" in page
     assert "they were not measured alike (FD): n: 2,000 (a), 500 (b)." in page
+
+
+def test_times_are_compared_on_a_machine_that_is_known_to_be_the_same() -> None:
+    rows = [[row("merged", **{"latency": figure(ms, batch=1)})] for ms in (2.0, 1.0)]
+    machines = [("2 x A", "2 x A"), ("2 x A", "2 x B"), ("2 x A", None), (None, None)]
+    told = []
+    for pair in machines:
+        runs = [content(n, r, cost_machine=m) for n, r, m in zip("ab", rows, pair, strict=True)]
+        told.append(metric(comparison(runs), "latency")["unlike"])
+        page = render_comparison(runs)
+        assert ("*1.00" in cells_of(page, "latency")) == (pair == machines[0])
+        assert ('class="unlike"' in page) == (pair != machines[0])
+    assert told == [{}, *({"machine": [one or "unknown" for one in pair]} for pair in machines[1:])]
+    assert "(latency): machine: unknown (a,b)" in page
+    alone = [content("a", rows[0]), content("b", scored(1, 2))]
+    assert metric(comparison(alone), "latency")["unlike"] == {}
 
 
 def test_metric_that_a_run_lacks_is_a_dash_and_no_reason_not_to_compare() -> None:
@@ -304,6 +324,50 @@ def test_export_that_fails_leaves_nothing(two: list[Path], tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_nothing_of_an_export(
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(exporting.shutil, "copyfile", full)
+    with pytest.raises(MachineError, match=r"cannot write .*No space left"):
+        exporting.export_merged(opened(two[0]), tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_export_of_a_run_by_a_relative_path_and_through_links(
+    copied: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card says nothing of where the run lies; a link at `merged` that leads elsewhere changes nothing."""
+    monkeypatch.setattr(exporting, "LINKED", 0)
+    store = copied[0].parent / "store"
+    store.rename(tmp_path / "elsewhere")
+    store.symlink_to(tmp_path / "elsewhere")
+    (copied[0] / "merged").unlink()
+    (copied[0] / "merged").symlink_to(copied[0] / "base")
+    monkeypatch.chdir(copied[0].parent)
+    made = exporting.export_merged(opened(Path("plain")), Path("../out"))
+    run, out = opened(copied[0]), tmp_path / "out"
+    weights = run.store.folder(run.graph.merged[0].key) / "unet" / WEIGHTS_NAME
+    assert made.linked and (out / "unet" / WEIGHTS_NAME).samefile(weights)
+    card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card and "deme run recipe.yaml" in card and "num_ranges" in card
+
+
+def test_weights_that_were_exported_stay_though_the_store_makes_them_again(
+    copied: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "LINKED", 0)
+    run, out = opened(copied[0]), tmp_path / "out"
+    exporting.export_merged(run, out)
+    node, before = run.graph.merged[0], (out / "unet" / WEIGHTS_NAME).read_bytes()
+    (run.store.folder(node.key) / "manifest.json").unlink()
+    run.execute(lambda graph: list(graph.merged.values()))
+    again = run.store.folder(node.key) / "unet" / WEIGHTS_NAME
+    assert (out / "unet" / WEIGHTS_NAME).read_bytes() == before and not again.samefile(out / "unet" / WEIGHTS_NAME)
+
+
 def test_refusals_of_export(deme: Deme, copied: list[Path], tmp_path: Path) -> None:  # noqa: F811
     plain, three = copied
     line = deme("report", three, "--export", tmp_path / "new").refusal
@@ -322,8 +386,6 @@ def test_refusals_of_export(deme: Deme, copied: list[Path], tmp_path: Path) -> N
 
 
 def test_figures_beyond_the_recipe_are_kept_and_shown(copied: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from deme_diffusion.artefacts import referenced
-
     run = opened(copied[0])
     (node,) = run.graph.figure("vectors")
     assert node.digest not in {entry["digest"] for entry in opened(copied[0]).content(run.rows())["stages"]}
@@ -332,6 +394,7 @@ def test_figures_beyond_the_recipe_are_kept_and_shown(copied: list[Path], monkey
         write_figure(folder / "vectors.npz", "vectors", {"names": []}, entries=np.zeros(3))
         return {}
 
+    run.asked = frozenset(["vectors"])
     run.note(node, run.store.produce(node.key, make), reused=False)
     again = opened(copied[0])
     again.prepare()  # as a run does that knows nothing of the figure

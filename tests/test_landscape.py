@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from conftest import make_pico_denoiser
 from deme_diffusion.analysis.directions import Shell, inner, leading_directions, random_direction, task_vector
 from deme_diffusion.analysis.grid import CELLS, Grid, held
 from deme_diffusion.analysis.landscape import write_landscape
+from deme_diffusion.analysis.paired import Paired
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import FigureData, read_figure
-from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.models.projection import attach, attached
 from deme_diffusion.report.drawing.contours import levels, smooth
 from deme_diffusion.report.drawing.landscape import pictures
@@ -89,7 +90,9 @@ def test_curvature_border_and_least_loss_are_those_of_the_quadratic(tmp_path: Pa
     edge = np.concatenate([loss[0], loss[-1], loss[1:-1, 0], loss[1:-1, -1]])
     assert told["rise"] == pytest.approx(edge.mean() / known.overall(BASE) - 1)
     i, j = np.unravel_index(loss.argmin(), loss.shape)
-    assert told["least"] == {"loss": loss.min(), "a": figure.arrays["a"][i], "b": figure.arrays["b"][j]}
+    least = told["least"]
+    assert [least[name] for name in ("loss", "a", "b")] == [loss.min(), figure.arrays["a"][i], figure.arrays["b"][j]]
+    assert least["change"] == pytest.approx(loss.min() / known.overall(BASE) - 1)
     assert [row["base"] for row in figure.meta["told"][1:]] == pytest.approx(known.losses(BASE), rel=1e-6)
 
 
@@ -186,15 +189,15 @@ class Failing(Exception):
 def counted(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
     """The cells that are computed; after some of them, an exception."""
     seen: list[int] = []
-    real = FixedNoise.losses
+    real = Paired.row
 
-    def losses(self: FixedNoise, module: nn.Module) -> list[float]:
+    def row(self: Paired, module: nn.Module) -> list[float]:
         if fail_after is not None and len(seen) == fail_after:
             raise Failing
         seen.append(1)
         return real(self, module)
 
-    monkeypatch.setattr(FixedNoise, "losses", losses)
+    monkeypatch.setattr(Paired, "row", row)
     return seen
 
 
@@ -222,6 +225,22 @@ def test_cells_of_other_settings_are_computed_anew(
     figure = landscape(tmp_path)
     assert len(seen) == 25 and "of other settings" in caplog.text
     assert figure.arrays["a"][-1] == 0.25
+
+
+def test_cells_around_another_base_are_computed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    landscape(tmp_path)
+    seen = counted(monkeypatch)
+    landscape(tmp_path, module_at(BASE * 1.001))
+    assert len(seen) == 25 and "of other settings" in caplog.text
+
+
+def test_of_equal_cells_the_one_nearest_to_the_base_is_the_least() -> None:
+    grid = Grid(np.array([-0.2, 0.0, 0.2]), np.array([-0.2, 0.0, 0.2]))
+    assert grid.lowest(np.ones((3, 3))) == (1, 1)
+    assert grid.lowest(np.where(np.eye(3) > 0, np.nan, 1.0)) == (0, 1)
+    assert grid.lowest(np.full((3, 3), np.nan)) is None
 
 
 def test_cells_go_from_the_middle_outwards() -> None:
@@ -269,10 +288,15 @@ def test_the_picture_says_its_numbers(tmp_path: Path, directions: str) -> None:
     (picture,) = pictures([figure])
     svg = svg_of(picture.draw, picture.width, picture.height)
     assert b"<image" in svg and len(svg) < 250_000 and picture.width <= 7
-    assert "6 images of the train split in each range" in picture.caption
-    assert f"all timesteps: {figure.meta['told'][0]['base']:.4g}" in picture.caption
+    assert "6 images of the train split in each range" in picture.caption and len(picture.caption.split()) <= 100
+    assert f"over all timesteps {figure.meta['told'][0]['base']:.4g}" in picture.caption
+    assert picture.caption.startswith("From the middle to the border the loss changes by +")
+    assert "Training loss" in picture.caption
+    held_out = {**figure.meta, "protocol": {**figure.meta["protocol"], "split": "search"}}
+    (picture,) = pictures([replace(figure, meta=held_out)])
+    assert "Denoising loss on held-out images" in picture.caption and "raining" not in picture.caption
     assert ("Li et al. 2018" in picture.caption) == (directions == "random")
-    assert ("PCA about the base" in picture.caption) == (directions == "task_vectors")
+    assert ("leading ones (PCA)" in picture.caption) == (directions == "task_vectors")
     assert "[0,5)" in picture.alt and "[5,20)" in picture.alt
 
 
@@ -302,6 +326,41 @@ def test_one_task_vector_gives_a_curve_and_none_a_sentence(tmp_path: Path) -> No
         (picture,) = pictures([figure])
         assert b"<svg" in svg_of(picture.draw, picture.width, picture.height)
     assert "All task vectors are 0" in picture.caption and picture.alt
+
+
+def test_a_least_loss_within_noise_is_hollow_and_said_to_be(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = landscape(tmp_path)
+    for change, error, word in ((-0.01, 0.02, ", within noise"), (-0.01, 0.001, ""), (0.01, 0.001, ", no gain")):
+        least = {"loss": 1.0, "a": 0.125, "b": 0.25, "change": -0.02, "tested": {"change": change, "error": error}}
+        rows = [{**row, "least": least} for row in figure.meta["told"]]
+        (picture,) = pictures([replace(figure, meta={**figure.meta, "told": rows})])
+        sentence = "of the 25 models drawn, \u22122%, is picked; tested on other images: "
+        assert sentence in picture.caption and f"%{word}. Training" in picture.caption
+        canvas = Figure(figsize=(7, 4))
+        picture.draw(canvas)
+        labels = [text.get_text() for text in canvas.legends[0].get_texts()]
+        assert ("least loss of the grid, within noise" in labels) == (word != "")
+
+
+def test_few_points_are_refused() -> None:
+    for options in ({"landscape_points": 1}, {"landscape_points": 4}, {"num_images": 1}):
+        with pytest.raises(ValidationError):
+            AnalyzeSettings.model_validate(options)
+
+
+@pytest.mark.parametrize("name", ["loss", "overall", "a"])
+def test_data_without_an_array_or_with_another_shape_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    figure = landscape(tmp_path)
+    arrays = {key: value for key, value in figure.arrays.items() if key != name}
+    with pytest.raises(UserError, match=rf"landscape.npz: no {name} in it"):
+        pictures([replace(figure, arrays=arrays)])
+    arrays[name] = figure.arrays[name][..., :3]
+    with pytest.raises(UserError, match=r"landscape.npz: \w+ is of shape \(.*\); \(.*\) belongs there"):
+        pictures([replace(figure, arrays=arrays)])
+    with pytest.raises(UserError, match=r"landscape.npz: no told in it"):
+        pictures([replace(figure, meta={key: value for key, value in figure.meta.items() if key != "told"})])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12])

@@ -10,6 +10,7 @@ ROOT = Path(deme_diffusion.__file__).parent
 BELOW_DATA = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance"]
 BELOW_DATA += [
     "artefacts",
+    "clean_up",
     "digests",
     "weight_files",
     "weights",
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "figure_file": ["errors", "files"],
     "provenance": ["files"],
     "artefacts": ["errors", "files", "config", "rng", "division", "provenance"],
+    "clean_up": ["errors", "artefacts"],
     "digests": ["errors", "files", "artefacts"],
     "weight_files": ["errors"],
     "weights": ["errors", "files", "config", "rng", "division", "weight_files"],
@@ -65,7 +67,7 @@ MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
 TORCH_FREE += ["figure_file", "weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
-TORCH_FREE += ["digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
+TORCH_FREE += ["clean_up", "digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
 TORCH_FREE += [
     "ablate",
     "planner",

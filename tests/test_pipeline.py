@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_pico_values
-from deme_diffusion.artefacts import Store, clean, referenced
+from deme_diffusion.artefacts import Store
+from deme_diffusion.clean_up import clean, referenced
 from deme_diffusion.config import LossSettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.errors import UserError

@@ -15,11 +15,12 @@ from torch import nn
 
 from deme_diffusion.analysis.directions import inner
 from deme_diffusion.analysis.grid import CELLS
+from deme_diffusion.analysis.paired import Paired
 from deme_diffusion.analysis.plane import Plane, write_plane
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import FigureData, read_figure
-from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.report.drawing.contours import plus_minus, rounded
 from deme_diffusion.report.drawing.plane import pictures
 from deme_diffusion.report.figures import svg_of
 from quadratic import SIZE, Array, Known, Linear, at, loads, module_at, noise_around
@@ -114,15 +115,15 @@ def test_the_axes_are_orthogonal() -> None:
 
 def test_a_grid_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plane(tmp_path / "whole")
-    real, calls = FixedNoise.losses, [0]
+    real, calls = Paired.row, [0]
 
-    def losses(self: FixedNoise, module: nn.Module) -> list[float]:
+    def row(self: Paired, module: nn.Module) -> list[float]:
         calls[0] += 1
         if calls[0] == 5 + 20:  # base, three experts, merged model, then cells
             raise KeyboardInterrupt
         return real(self, module)
 
-    monkeypatch.setattr(FixedNoise, "losses", losses)
+    monkeypatch.setattr(Paired, "row", row)
     with pytest.raises(KeyboardInterrupt):
         plane(tmp_path / "killed")
     assert len((tmp_path / "killed" / "work" / CELLS).read_text().splitlines()) == 1 + 19
@@ -144,7 +145,7 @@ def test_models_that_are_not_finite_have_no_loss(tmp_path: Path) -> None:
     nowhere = plane(tmp_path / "nowhere", [broken, TAU[2]], None, pair=(0, 1))  # drawn along the other
     assert nowhere.arrays["overall"].shape == (1, 8) and nowhere.meta["marks"][1]["x"] is not None
     (picture,) = pictures([nowhere])
-    assert "expert 0 [0,1) not finite" in picture.caption and svg_of(picture.draw, picture.width, picture.height)
+    assert "expert 0 not finite" in picture.caption and svg_of(picture.draw, picture.width, picture.height)
 
 
 # --- what spans no plane ------------------------------------------------------------------------------------------
@@ -198,8 +199,11 @@ def test_the_picture_says_where_models_stand(tmp_path: Path) -> None:
     svg = svg_of(picture.draw, picture.width, picture.height)
     assert b"<image" in svg and len(svg) < 250_000 and picture.width <= 7
     best, off = figure.meta["optimum"], figure.meta["marks"][2]["distance"]
-    assert f"Optimum of the grid: {best['loss']:.5g}" in picture.caption
-    assert f"expert 1 [1,2) {off:.0%}." in picture.caption  # and no other is off the plane
+    assert f"The least of the 64 models drawn, {rounded(best['change'])}, is picked" in picture.caption
+    assert f"expert 1 {off:.0%}." in picture.caption  # and no other is off the plane
+    merged = figure.meta["marks"][-1]
+    assert "0 other" not in picture.caption and f"merged {plus_minus(merged)}" in picture.caption
+    assert "1 other " in picture.caption and len(picture.caption.split()) <= 100
     assert "expert 0 and expert 2" in picture.title and "merged" in picture.alt
 
 
@@ -226,8 +230,8 @@ def test_of_many_experts_the_two_of_the_plane_are_named(tmp_path: Path) -> None:
     others = [{**other, "index": k, "name": f"expert {k}"} for k in range(3, 40)]
     marks = [base, first, other, second, *others, merged]
     (picture,) = pictures([replace(figure, meta={**figure.meta, "marks": marks})])
-    assert "38 other experts" in picture.caption and "expert 1 " not in picture.caption
-    assert "expert 0 [0,1)" in picture.caption and "merged" in picture.caption and len(picture.caption) < 1500
+    assert "38 others" in picture.caption and "expert 1 " not in picture.caption
+    assert "expert 0 " in picture.caption and "merged" in picture.caption and len(picture.caption) < 1000
     assert svg_of(picture.draw, picture.width, picture.height).count(b"expert 30") == 0
 
 

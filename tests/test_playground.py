@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import logging
@@ -13,31 +14,33 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from conftest import make_pico_values
+from deme_diffusion.cli import main
 from deme_diffusion.config import SamplerSettings
-from deme_diffusion.errors import UserError
+from deme_diffusion.errors import Stopped, UserError
 from deme_diffusion.evaluation.sample import sample_batch
 from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.merging.statistics import Statistics
 from deme_diffusion.models.projection import FILE
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.pipeline.stages import Stages
-from deme_diffusion.playground import answers, ready, serving
-from deme_diffusion.playground.saving import PLAYED, check_name, save
-from deme_diffusion.playground.session import Session
+from deme_diffusion.playground import answers, asking, ready, serving
+from deme_diffusion.playground.saving import PLAYED, check_name, free_name, save
+from deme_diffusion.playground.session import Session, _Watched
 from deme_diffusion.playground.worker import Superseded, Ticket, Worker
-from deme_diffusion.recipes import Loaded, changed
+from deme_diffusion.recipes import Loaded, load
 from deme_diffusion.recipes.checks import parse
 from deme_diffusion.weight_files import read_json
 
@@ -171,6 +174,7 @@ def test_a_saved_model_gives_the_sessions_images_in_stock_diffusers(session: Ses
     told = read_json(saved.folder / "merge.json")
     assert told["weights"]["values"] == [0.7, -0.2] and told["weights_source"] == "chosen by hand (deme play)"
     card = (saved.folder / "README.md").read_text()
+    assert str(session.run.folder.parent) not in card and 'from_pretrained("OWNER/by-hand")' in card
     assert "chosen by hand" in card and "| merged | 0.7 | -0.2 |" in card
     with pytest.raises(UserError, match="exists already; choose another name"):
         save(session, "by-hand", weights)
@@ -185,7 +189,26 @@ def test_what_folds_into_no_weight_is_saved_beside_and_said(projected: Run) -> N
     session.close()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a\\b", "x" * 65, "a b", "tail.", "\n", "ü"])
+BAD = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "a/b",
+    "../x",
+    "a\\b",
+    "x" * 65,
+    "a b",
+    "tail.",
+    "\n",
+    "ü",
+    "m.safetensors",
+    "nul",
+    "COM1.x",
+]
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_a_name_is_never_a_path(name: str) -> None:
     with pytest.raises(UserError, match="name "):
         check_name(name)
@@ -194,14 +217,53 @@ def test_a_name_is_never_a_path(name: str) -> None:
 def test_a_wrong_name_is_answered_by_the_nearest_right_one() -> None:
     with pytest.raises(UserError, match="did you mean 'my-model'"):
         check_name("../my model")
+    with pytest.raises(UserError, match="that of a file, where a folder is written; did you mean 'm'"):
+        check_name("m.SafeTensors")
 
 
-def test_the_command_beside_makes_the_run_of_the_weights_on_the_page(run: Run) -> None:
-    session = Session(run, ["deme", "run", "pico", "decouple.projection=block"])
-    assert answers.command(session, session.weights([0.1, 0.25])) == (
-        "deme run pico decouple.projection=block merge.search=none 'merge.weights=[0.1, 0.25]' "
-        f"--out {run.folder}-played"
+def test_the_next_name_is_free(tmp_path: Path) -> None:
+    for name in ("by-hand", "by-hand-2"):
+        (tmp_path / PLAYED / name).mkdir(parents=True)
+    assert free_name(tmp_path) == free_name(tmp_path, "by-hand-2") == "by-hand-3"
+    assert free_name(tmp_path, "x" * 64) == "x" * 57
+
+
+def test_the_command_beside_makes_the_run_of_exactly_the_weights_on_the_page(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two weights give two runs, which find base and experts of the first one; 1e-05 is a word in YAML."""
+    values = [[0.1 + 0.2, 0.25], [0.3, 1e-05], [0.3, -0.0]]
+    commands = [shlex.split(answers.command(session, session.weights(row))) for row in values]
+    assert len({words[-1] for words in commands}) == 3
+    for words, row in zip(commands, values, strict=True):
+        assert words[:3] == ["deme", "run", str(session.run.folder)] and words[-2] == "--out"
+        monkeypatch.setattr("sys.argv", [*words, "--dry-run", "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        done = {stage["label"]: stage["status"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+        experts = [label for label in done if label.startswith("expert")]
+        assert len(experts) == 2 and all(done[label] == "done" for label in experts)
+        made = load(words[2], words[3:-2]).recipe.merge
+        assert made.weights == tuple(row) and made.search == "none"
+
+
+def test_a_method_without_weights_has_one_merged_model(pico_pipeline: Path, tmp_path: Path) -> None:
+    values = make_pico_values(pico_pipeline)
+    values["decouple"]["learning_rate"] = 1e-2
+    values["merge"] |= {"method": "average", "search": "none"}
+    session = Session(finished(tmp_path, values))
+    told = answers.facts(session, 4)
+    assert [preset["name"] for preset in told["presets"]] == ["merged"] and not told["weighted"]
+    weights = session.weights(told["presets"][0]["values"])
+    assert np.array_equal(
+        session.sample(weights, DDIM, SEEDS, Ticket())[0], served(session.run, session.graph.merged[0])
     )
+    with pytest.raises(UserError, match="method average takes none"):
+        session.weights([0.0, 1.0])
+    assert answers.command(session, weights) == ""
+    card = (save(session, "plain", weights).folder / "README.md").read_text()
+    assert "by hand" not in card and "| merged |" not in card
     session.close()
 
 
@@ -217,8 +279,7 @@ def test_weights_by_layer_that_a_search_found_are_a_preset_and_in_the_command(
     weights = session.weights(preset.values, preset.by_layer)
     assert weights == found[0] and session.weights(preset.values).rules == {}
     assert not np.array_equal(images(session, [0.0, 0.0], by_layer=True), images(session, None))
-    settings = dict(word.split("=", 1) for word in shlex.split(answers.command(session, weights))[3:-2])
-    made = changed(run.recipe, {key: yaml.safe_load(value) for key, value in settings.items()}).merge
+    made = load(str(run.folder), shlex.split(answers.command(session, weights))[3:-2]).recipe.merge
     assert MergeWeights(made.weights or (), made.weights_for) == weights
     session.close()
 
@@ -228,8 +289,17 @@ def test_weights_by_layer_that_a_search_found_are_a_preset_and_in_the_command(
 
 def test_a_run_without_its_experts_says_what_to_run_first(pico_values: dict[str, Any], tmp_path: Path) -> None:
     run = open_run(Loaded(parse(pico_values, where="test"), {}), out=tmp_path / "pico", download=False)
-    with pytest.raises(UserError, match=r"2 of the 3 models .*expert 0 \[0,10\).*; first: deme run pico"):
-        ready.check_ready(run, "deme run pico")
+    with pytest.raises(UserError, match=r"2 of the 3 models .*expert 0 \[0,10\).*; first: deme run pico$"):
+        ready.check_ready(run, ["deme", "run", "pico"])
+
+
+def test_where_the_folder_holds_another_recipe_the_hint_names_another_folder(run: Run) -> None:
+    words = ["deme", "run", str(run.folder), "decouple.num_ranges=3"]
+    changed = open_run(load(words[2], words[3:]), download=False)
+    other = f"{run.folder}-2"
+    with pytest.raises(UserError) as told:
+        ready.check_ready(changed, words)
+    assert str(told.value).endswith(f"first: {' '.join(words)} --out {other}, then: deme play {other}")
 
 
 def test_a_port_that_is_taken_is_said() -> None:
@@ -291,8 +361,33 @@ def test_closing_ends_what_runs_and_what_waits() -> None:
     worker, first = Worker(), Busy()
     both = [worker.submit("a", first), worker.submit("b", first)]
     assert first.begun.wait(10)
+    assert worker.close()
+    assert all(map(ended, both)) and worker.progress("a") is None and not worker.gave_up
+
+
+def test_what_lasts_goes_first_and_is_let_end() -> None:
+    worker, first, order = Worker(), Busy(), list[str]()
+    running = worker.submit("a", first)
+    assert first.begun.wait(10)
+    waits = worker.submit("b", lambda ticket: order.append("b"))
+    saves = [worker.submit("s", lambda ticket, name=name: order.append(name), lasting=True) for name in "12"]
+    assert worker.progress("s") == ("waiting: busy", 1, 2)
+    assert worker.stop() and ended(running) and ended(waits)
+    assert [one.result(10) for one in saves] == [None, None] and order == ["1", "2"]
+    assert worker.close() and not worker.gave_up
+
+
+def test_what_lasts_is_given_up_when_closed() -> None:
+    worker, first = Worker(), Busy()
+    saving = worker.submit("s", first, lasting=True)
+    assert first.begun.wait(10) and worker.stop() and not saving.done()
+    assert worker.close() and worker.gave_up and ended(saving)
+
+
+def test_a_first_step_that_fails_is_told_and_the_worker_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(lambda: 1 // 0)
+    assert worker.submit("a", lambda ticket: 1).result(10) == 1 and "ZeroDivisionError" in caplog.text
     worker.close()
-    assert all(map(ended, both)) and worker.progress("a") is None
 
 
 def test_a_failure_is_the_requests_own_and_a_crowd_is_refused() -> None:
@@ -311,14 +406,21 @@ def test_a_failure_is_the_requests_own_and_a_crowd_is_refused() -> None:
 
 
 class Client:
-    """What a page sends, and what comes back."""
+    """What a page sends, and what comes back; it names its server, as a page does."""
 
     def __init__(self, port: int) -> None:
-        self.port = port
+        self.port, self.server = port, ""
+        self.server = self.ask("/api/facts")[1].get("server", "")
+
+    def busy(self, kind: str = "samples", page: str = "p") -> str:
+        """What the page's work is at; '' of none."""
+        told = self.ask(f"/api/progress?page={page}&server={self.server}")[1]
+        return str(told[kind][0]) if kind in told else ""
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         own = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{self.port}"}
+        body = {"server": self.server, **body} if isinstance(body, dict) else body
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         method = "GET" if body is None else "POST"
         sent = {key: value for key, value in {**own, **(headers or {})}.items() if value}
@@ -330,12 +432,12 @@ class Client:
 
 
 @contextmanager
-def running(session: Session, worker: Worker) -> Iterator[Client]:
+def running(session: Session, worker: Worker, token: str | None = None) -> Iterator[Client]:
     import uvicorn
 
     from deme_diffusion.playground.server import make_app
 
-    app = make_app(session, worker, host="127.0.0.1", images=4)
+    app = make_app(session, worker, host="127.0.0.1", images=4, token=token)
     with serving.bound("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -358,7 +460,7 @@ def client(session: Session, worker: Worker) -> Iterator[Client]:
         yield made
 
 
-SAMPLES = {"page": "p", "weights": [0.5, 0.5], "sampler": "DDIM-2", "steps": 2, "images": 3, "seed": 3}
+SAMPLES: dict[str, Any] = {"page": "p", "weights": [0.5, 0.5], "sampler": "DDIM-2", "steps": 2, "images": 3, "seed": 3}
 
 
 def pixels(coded: list[str]) -> Any:
@@ -374,6 +476,7 @@ def test_the_page_gets_the_sessions_images_to_the_pixel(client: Client, session:
     assert np.array_equal(pixels(told["changes"]), (128 + 4 * change).clip(0, 255))
     assert told["difference"] == pytest.approx(np.abs(change).mean())
     assert "'merge.weights=[0.5, 0.5]' --out" in told["command"]
+    assert told["command"].startswith("deme run ")
     again = client.ask("/api/samples", {**SAMPLES, "known": told["key"]})[1]
     assert again["base"] is None and again["merged"] == told["merged"]
 
@@ -392,8 +495,8 @@ def test_the_page_is_served_with_a_policy_that_lets_it_ask_nobody_else(client: C
         ("samples", b"{", "Invalid JSON"),
         ("samples", b"[]", "Input should be an object"),
         ("samples", {**SAMPLES, "weights": [0.5]}, "weights: 1 given for 2 experts"),
-        ("samples", json.dumps({**SAMPLES, "weights": [float("nan"), 0]}).encode(), "weights.0: "),
-        ("samples", json.dumps({**SAMPLES, "weights": [float("inf"), 0]}).encode(), "weights.0: "),
+        ("samples", json.dumps({**SAMPLES, "server": "s", "weights": [float("nan"), 0]}).encode(), "weights.0: "),
+        ("samples", json.dumps({**SAMPLES, "server": "s", "weights": [float("inf"), 0]}).encode(), "weights.0: "),
         ("samples", {**SAMPLES, "weights": [1e9, 0]}, "weights.0: "),
         ("samples", {**SAMPLES, "weights": ["0.5", 0]}, "weights.0: "),
         ("samples", {**SAMPLES, "sampler": "EDMEulerScheduler"}, "sampler: 'EDMEulerScheduler'; there are DDIM-2"),
@@ -461,13 +564,134 @@ def test_of_many_requests_of_a_page_the_newest_is_answered(client: Client, worke
     threads = [threading.Thread(target=ask, args=(weight,)) for weight in (0.1, 0.2, 0.3)]
     for i, thread in enumerate(threads):
         thread.start()
-        while len(answers) < i or client.ask("/api/progress?page=p&kind=samples")[1].get("doing") != "waiting":
+        while len(answers) < i or not client.busy().startswith("waiting"):
             assert thread.is_alive()
     busy.go.set()
     for thread in threads:
         thread.join(10)
     assert blocked.result(10) == "done"
     assert answers[0.1] == answers[0.2] == {"superseded": True} and len(answers[0.3]["merged"]) == 3
+
+
+@contextmanager
+def slowly(session: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Each forward pass waits, until the event is set."""
+    go, forward = threading.Event(), _Watched.forward
+
+    def slow(self: _Watched, *args: Any, **kwargs: Any) -> Any:
+        go.wait(0.05)
+        return forward(self, *args, **kwargs)
+
+    session._images.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_Watched, "forward", slow)
+        yield go
+        go.set()
+
+
+def until(true: Any) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def sent(client: Client, body: dict[str, Any]) -> HTTPConnection:
+    """A request for samples whose answer is not waited for."""
+    headers = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{client.port}"}
+    connection = HTTPConnection("127.0.0.1", client.port, timeout=30)
+    connection.request("POST", "/api/samples", json.dumps({"server": client.server, **body}), headers)
+    return connection
+
+
+LONG = {**SAMPLES, "steps": 20, "page": "long"}
+
+
+def test_a_client_that_went_away_keeps_the_worker_from_nothing(
+    client: Client, session: Session, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slowly(session, monkeypatch) as go:
+        connection = sent(client, LONG)
+        until(lambda: client.busy(page="long"))
+        connection.close()
+        until(lambda: not worker.busy)
+        assert not go.is_set() and not session._images
+
+
+def test_stop_ends_all_of_a_page_and_of_no_other(
+    client: Client, session: Session, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slowly(session, monkeypatch) as go:
+        connection = sent(client, LONG)
+        until(lambda: client.busy(page="long"))
+        assert client.ask("/api/stop", {"page": "other"})[:2] == (200, {}) and worker.busy
+        assert client.ask("/api/stop", {"page": "long"})[:2] == (200, {})
+        assert json.loads(connection.getresponse().read()) == {"superseded": True}
+        until(lambda: not worker.busy)
+        assert not go.is_set()
+
+
+def test_a_change_of_weights_throws_no_base_away_and_a_change_of_seeds_does(
+    client: Client, session: Session, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    tell = Ticket.tell
+    monkeypatch.setattr(Ticket, "tell", lambda self, *args, **more: (tell(self, *args, **more), told.append(args[0])))
+    with slowly(session, monkeypatch) as go:
+        first = sent(client, LONG)
+        until(lambda: "sampling the base" in told)
+        second = sent(client, {**LONG, "weights": [0.3, 0.1]})
+        assert json.loads(first.getresponse().read()) == {"superseded": True}
+        assert client.busy(page="long") == "waiting: sampling the base"
+        go.set()
+        assert len(json.loads(second.getresponse().read())["merged"]) == 3
+        assert told.count("sampling the base") == told.count("sampling the merged model") == 20
+    with slowly(session, monkeypatch) as go:
+        told.clear()
+        first = sent(client, LONG)
+        until(lambda: "sampling the base" in told)
+        second = sent(client, {**LONG, "seed": 4})
+        assert json.loads(first.getresponse().read()) == {"superseded": True}
+        until(lambda: not client.busy(page="long").startswith("waiting"))
+        go.set()
+        assert len(json.loads(second.getresponse().read())["merged"]) == 3
+        assert 20 < told.count("sampling the base") < 40
+
+
+def test_a_page_of_a_server_before_this_one_is_told_to_load_again(client: Client) -> None:
+    for body in ({**SAMPLES, "server": "0" * 16}, {**SAMPLES, "server": ""}):
+        status, told, _ = client.ask("/api/samples", body)
+        assert status == 409 and told["reload"] and "another run is served here now" in told["error"]
+    assert client.ask(f"/api/progress?page=p&server={'0' * 16}")[0] == 409
+    status, told, _ = client.ask("/api/samples", json.dumps(SAMPLES).encode())
+    assert status == 400 and "server: " in told["error"]
+
+
+def test_the_key_of_a_base_is_its_own(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asking.AskedSamples(server="", **{**SAMPLES, "weights": (0.5, 0.5)})
+    key = answers.wanted(session, asked).key
+    other = dataclasses.replace(session.graph.base, digest="0" * 16)
+    monkeypatch.setattr(session.graph, "base", other)
+    assert answers.wanted(session, asked).key != key
+
+
+def test_an_answer_is_bounded(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MOST_BYTES", 3 * 3 * 64)
+    told = answers.facts(session, 16)
+    assert told["images"] == told["most"]["images"] == 3
+    with pytest.raises(UserError, match="images: 4; at most 3 of this size"):
+        answers.wanted(session, asking.AskedSamples(server="", **{**SAMPLES, "weights": (0.5, 0.5), "images": 4}))
+
+
+def test_from_afar_only_the_printed_address_lets_in(session: Session, worker: Worker) -> None:
+    with running(session, worker, token="secret") as afar:
+        assert afar.ask("/")[0] == afar.ask("/?token=wrong")[0] == afar.ask("/api/facts?token=secret")[0] == 401
+        assert afar.ask("/api/samples", SAMPLES)[0] == 401
+        status, _, headers = afar.ask("/?token=secret")
+        cookie = headers["Set-Cookie"].partition(";")[0]
+        assert status == 303 and headers["Location"] == "/" and "HttpOnly" in headers["Set-Cookie"]
+        assert afar.ask("/", None, {"Cookie": cookie})[0] == 200
+        assert afar.ask("/", None, {"Cookie": cookie + "x"})[0] == 401
 
 
 def test_the_server_outlives_a_failure(
@@ -501,21 +725,82 @@ def test_facts_name_experts_by_their_timesteps_and_begin_at_the_runs_own_weights
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_the_command_tells_its_address_and_ends_well_at_ctrl_c(run: Run, tmp_path: Path) -> None:
-    shutil.copytree(run.folder, folder := tmp_path / "pico", symlinks=True)
+SLOW = """
+import sys, time
+from deme_diffusion.playground import saving
+write, seconds = saving.record.write, float(sys.argv.pop(1))
+def slowly(*args):
+    time.sleep(seconds)
+    write(*args)
+saving.record.write = slowly
+from deme_diffusion.cli import main
+main()
+"""
+
+
+def test_the_command_tells_its_address_and_waits_for_a_save_at_ctrl_c(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, folder := tmp_path / "pico", symlinks=True, ignore=shutil.ignore_patterns(PLAYED))
     (tmp_path / "store").symlink_to(run.store.root)
-    command = [sys.executable, "-m", "deme_diffusion", "play", str(folder), "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-c", SLOW, "2", "play", str(folder), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     assert address.startswith("http://127.0.0.1:")
-    assert Client(int(address.rpartition(":")[2])).ask("/api/samples", SAMPLES)[0] == 200
+    client, saved = Client(int(address.rpartition(":")[2])), list[Any]()
+    body = {"page": "p", "weights": [0.5, 0.5], "name": "last"}
+    saving = threading.Thread(target=lambda: saved.append(client.ask("/api/save", body)))
+    saving.start()
+    until(lambda: client.busy("save"))
     process.send_signal(signal.SIGINT)
-    rest, told = process.communicate(timeout=20)
-    assert (process.returncode, rest, told) == (0, "", "Ctrl-C ends the playground\n")
+    rest, told = process.communicate(timeout=30)
+    saving.join(10)
+    said = "Ctrl-C ends the playground\nwaiting for the save to finish; Ctrl-C again gives up\n"
+    assert (process.returncode, rest, told) == (0, "", said)
+    assert saved[0][0] == 200 and [path.name for path in (folder / PLAYED).iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_step_ends_it_and_a_second_one_gives_a_save_up(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, times: int
+) -> None:
+    """In this process: what a signal does while a step takes long, and while a model is being written."""
+    from deme_diffusion.playground.server import make_app
+
+    worker, told, begun = Worker(), list[Any](), threading.Event()
+
+    def write(key: str, *_: Any) -> None:
+        begun.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Statistics, "see", lambda self, *args: write(*args))
+    body: dict[str, Any] = {"page": "p", "weights": [0.5, 0.5], "name": "given-up"}
+
+    def ask(port: int) -> None:
+        client = Client(port)
+        asked = ("/api/save", body) if times == 2 else ("/api/samples", LONG)
+        with suppress(OSError):
+            told.append(client.ask(*asked))
+
+    def press(port: int) -> None:
+        asking = threading.Thread(target=ask, args=(port,))
+        asking.start()
+        until(lambda: worker.busy and (times == 1 or begun.is_set()))
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        asking.join(10)
+
+    with serving.bound("127.0.0.1", 0) as listening, slowly(session, monkeypatch):
+        presses = threading.Thread(target=press, args=(listening.getsockname()[1],))
+        presses.start()
+        serving.serve(make_app(session, worker, host="127.0.0.1", images=4), listening, worker)
+        assert worker.close() and worker.gave_up == (times == 2)
+        presses.join(10)
+    if times == 1:
+        assert [one[:2] for one in told] == [(200, {"superseded": True})]
+    else:
+        assert not list((session.run.folder / PLAYED).glob("*given-up*"))
+        with pytest.raises(Stopped, match="a save was given up; nothing of it is left"):
+            serving._leave(worker, True)
+    assert "Traceback" not in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,59 @@ def test_quick_moves_end_with_the_last_one(page: Browser, playground: tuple[Sess
     busy.go.set()
     until(lambda: "w = (0.29, " in text(page, "merged-name"))
     assert sum("api/samples" in one for one in page.requests()) < 10
+
+
+def test_an_answer_is_captioned_by_the_weights_that_made_it(
+    page: Browser, playground: tuple[Session, Worker, int]
+) -> None:
+    busy = Busy()
+    playground[1].submit("someone", busy)
+    assert busy.begun.wait(10)
+    page.run(INPUT, "w0n", "0.4")
+    until(lambda: page.run("return document.getElementById('merged').hasAttribute('aria-busy')"))
+    page.run("state.weights[0] = 1.4")  # moved, and not asked for yet
+    busy.go.set()
+    until(lambda: not page.run("return document.getElementById('merged').hasAttribute('aria-busy')"))
+    assert "w = (0.4, " in text(page, "merged-name")
+
+
+def told_of_expert_0(page: Browser, where: str) -> bool:
+    return text(page, where) == "weight of expert 0: a number from -100 to 100"
+
+
+def test_a_field_that_holds_no_weight_is_named_and_nothing_is_asked(page: Browser) -> None:
+    page.requests()
+    for wrong in ("", "500"):
+        page.run(INPUT, "w0n", wrong)
+        for button, told in (("measure", "measured"), ("save", "saved")):
+            page.run("document.getElementById(arguments[0]).click()", button)
+            until(partial(told_of_expert_0, page, told))
+        until(partial(told_of_expert_0, page, "status"))
+    assert not any("api/" in one for one in page.requests())
+    settled(page, lambda: page.run(INPUT, "w0n", "0.75"))
+    assert text(page, "measured") == text(page, "saved") == "" and page.errors() == []
+
+
+def test_stop_ends_what_runs_and_says_so(page: Browser, playground: tuple[Session, Worker, int]) -> None:
+    busy = Busy()
+    playground[1].submit("someone", busy)
+    assert busy.begun.wait(10)
+    page.run(INPUT, "w0n", "0.3")
+    page.run("document.getElementById('save-name').value = 'stopped'; document.getElementById('save').click()")
+    until(lambda: text(page, "doing") == "waiting: busy, 1 of 2")
+    page.run("document.getElementById('stop').click()")
+    until(lambda: text(page, "status") == "Stopped." and text(page, "saved") == "Stopped: nothing was saved.")
+    assert page.run("return document.getElementById('busy').hidden")
+    busy.go.set()
+
+
+def test_a_page_of_another_server_offers_to_load_again(page: Browser) -> None:
+    page.run("state.facts.server = 'another'")
+    page.run(INPUT, "w0n", "0.2")
+    until(lambda: "another run is served here now" in text(page, "status"))
+    page.errors()  # a browser tells of a request that was refused
+    page.run("document.getElementById('reload').click()")
+    until(lambda: text(page, "status").startswith("4 images"))
 
 
 def test_losses_are_shown_by_range(page: Browser) -> None:

@@ -1,8 +1,10 @@
 """Sketched cosines of gradients are the exact ones within the stated error; a division by them waits for them."""
 
 import copy
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.division import names_of
 from deme_diffusion.divisions import gradient_similarity
 from deme_diffusion.errors import UserError
+from deme_diffusion.figure_file import read_figure
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import denoising_loss
 from deme_diffusion.pipeline.estimate import plan
@@ -41,7 +44,8 @@ def exact(denoiser: DDPM, split: Split, settings: SimilaritySettings) -> np.ndar
     rows = []
     for timesteps in BINS:
         module = denoiser.student().eval()
-        for noised in Gradients(denoiser, module, split, settings, 1).points(timesteps, 0, settings.num_images):
+        gradients = Gradients(denoiser, module, split, settings, 1)
+        for noised in itertools.chain(*(gradients.points(timesteps, i) for i in range(len(gradients.groups)))):
             prediction = denoiser.predict(module, noised.x_t, noised.t, noised.condition)
             denoising_loss(prediction, noised.target).sum().backward()
         rows.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double().numpy())
@@ -136,23 +140,55 @@ def test_a_batch_is_small_and_checkpointing_saves_activations(
 
     monkeypatch.setattr(DDPM, "noised", counting)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", anew)
-    many = FEW.model_copy(update={"num_images": 34, "bins": 2})
+    many = FEW.model_copy(update={"num_images": 138, "bins": 1})
     plain = written(tmp_path / "0.npz", pico_denoiser, digits["train"], many, batch_size=512)
-    assert asked == [16, 1, 16, 1] * 2 and not again
+    assert asked == [16, 2] * 2 + [16, 1] * 6 and not again  # at borders of groups
     lean = written(tmp_path / "1.npz", pico_denoiser, digits["train"], many, batch_size=9, checkpointing=True)
-    assert asked[8:] == [9, 8, 9, 8] * 2 and again
+    assert asked[16:] == [9, 9] * 2 + [9, 8] * 6 and again
     np.testing.assert_allclose(lean["cosine"], plain["cosine"], atol=1e-5)
 
 
 def test_all_bins_see_the_same_images_and_noise_and_only_t_differs(pico_denoiser: DDPM, digits: Splits) -> None:
-    gradients = Gradients(pico_denoiser, pico_denoiser.module, digits["train"], FEW, 12)
-    first, last = (next(gradients.points(BINS[i], 0, 12)) for i in (0, 4))
-    assert torch.equal(first.target, last.target)  # the noise
-    assert all({*half.tolist()} == {0, 1, 2, 3} for half in first.t.split(6))  # each half covers the bin
-    assert {*first.t.tolist()} == {0, 1, 2, 3} and {*last.t.tolist()} == {16, 17, 18, 19}  # stratified
+    many = FEW.model_copy(update={"num_images": 32})
+    gradients = Gradients(pico_denoiser, pico_denoiser.module, digits["train"], many, 12)
+    assert gradients.groups == [4] * 8
+    first, last = (list(itertools.chain(*(gradients.points(BINS[i], g) for g in range(8)))) for i in (0, 4))
+    assert all(torch.equal(one.target, other.target) for one, other in zip(first, last, strict=True))  # the noise
+    assert all({*one.t.tolist()} == {0, 1, 2, 3} for one in first)  # each group covers the bin
+    assert all({*other.t.tolist()} == {16, 17, 18, 19} for other in last)
     abar = pico_denoiser.scheduler.alphas_cumprod[:, None, None, None]
-    clean = [(b.x_t - (1 - abar[b.t]).sqrt() * b.target) / abar[b.t].sqrt() for b in (first, last)]
+    clean = [
+        torch.cat([(b.x_t - (1 - abar[b.t]).sqrt() * b.target) / abar[b.t].sqrt() for b in x]) for x in (first, last)
+    ]
     assert torch.allclose(*clean, atol=1e-4)
+    assert len(torch.unique(clean[0].round(decimals=2), dim=0)) == 32  # none twice
+
+
+def test_no_image_is_taken_twice(pico_denoiser: DDPM, digits: Splits, tmp_path: Path) -> None:
+    few = replace(digits["train"], indices=digits["train"].indices[:10])
+    found = [
+        written(tmp_path / f"{n}.npz", pico_denoiser, few, FEW.model_copy(update={"num_images": n})) for n in (10, 999)
+    ]
+    assert [one["num_images"] for one in found] == [10, 10]
+    assert read_figure(tmp_path / "999.npz").meta["num_images"] == 10
+    assert (found[0]["cosine"] == found[1]["cosine"]).all() and (found[0]["cross"] == found[1]["cross"]).all()
+
+
+def test_gradient_that_is_not_finite_names_the_bin_and_why(digits: Splits, tmp_path: Path) -> None:
+    denoiser = make_pico_denoiser()
+    noised = denoiser.noised
+
+    def broken(batch: Any, t: torch.Tensor, noise: torch.Tensor) -> Any:
+        return noised({"image": torch.where(t[:, None, None, None] >= 8, torch.inf, batch["image"])}, t, noise)
+
+    denoiser.noised = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"^similarity: bin \[8,12\): its gradient is not finite, though .*weights are"):
+        written(tmp_path / "s.npz", denoiser, digits["train"], FEW, partial=tmp_path / "work")
+    assert not (tmp_path / "s.npz").exists()
+    del denoiser.noised
+    next(denoiser.module.parameters()).data[0] = torch.nan
+    with pytest.raises(UserError, match=r"bin \[0,4\): .*not finite, since weights of the model"):
+        written(tmp_path / "s.npz", denoiser, digits["train"], FEW)
 
 
 def test_interrupted_comparison_goes_on_with_the_bins_that_are_left(
@@ -160,15 +196,15 @@ def test_interrupted_comparison_goes_on_with_the_bins_that_are_left(
 ) -> None:
     written(tmp_path / "whole.npz", pico_denoiser, digits["train"], FEW)
     counted: list[int] = []
-    halves = Gradients.halves
+    put = Gradients.put
 
     def counting(gradients: Gradients, *arguments: Any) -> Any:
         counted.append(1)
         if len(counted) == 4:
             raise KeyboardInterrupt
-        return halves(gradients, *arguments)
+        return put(gradients, *arguments)
 
-    monkeypatch.setattr(Gradients, "halves", counting)
+    monkeypatch.setattr(Gradients, "put", counting)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path / "s.npz", pico_denoiser, digits["train"], FEW, partial=tmp_path / "work")
     assert not (tmp_path / "s.npz").exists()
@@ -187,9 +223,9 @@ def test_what_a_kill_left_is_taken_as_far_as_it_goes(
 
     def remade() -> int:
         made: list[int] = []
-        halves = Gradients.halves
+        put = Gradients.put
         with monkeypatch.context() as patch:
-            patch.setattr(Gradients, "halves", lambda *arguments: made.append(1) or halves(*arguments))
+            patch.setattr(Gradients, "put", lambda *arguments: made.append(1) or put(*arguments))
             written(tmp_path / "again.npz", pico_denoiser, digits["train"], FEW, partial=work)
         assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
         return len(made)
@@ -201,6 +237,29 @@ def test_what_a_kill_left_is_taken_as_far_as_it_goes(
     assert remade() == 5
     file.unlink()
     assert remade() == 5
+
+
+def test_what_was_made_another_way_is_not_gone_on_from(
+    pico_denoiser: DDPM, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    put = Gradients.put
+    monkeypatch.setattr(Gradients, "put", lambda *arguments: made.append(1) or put(*arguments))
+    first = FEW.model_copy(update={"bins": 2, "num_images": 4})
+
+    def remade(changed: Values, **options: Any) -> int:
+        made.clear()
+        settings = first.model_copy(update=changed)
+        written(tmp_path / "s.npz", pico_denoiser, digits["train"], settings, partial=tmp_path / "work", **options)
+        return len(made)
+
+    assert remade({}) == 2 and remade({}) == 0
+    last: Values = {}
+    for last in ({"seed": 1}, {"num_images": 5}, {"sketch": 511}):
+        assert remade(last) == 2, last
+    assert remade(last, subset=[[0, 19]]) == 2
+    assert remade(last, subset=[[0, 19]], batch_size=3) == 2
+    assert remade(last, subset=[[0, 19]], batch_size=3) == 0
 
 
 def test_base_is_as_it_was(digits: Splits, tmp_path: Path) -> None:
@@ -314,7 +373,11 @@ def test_commands_of_a_run_that_waits(
     assert deme(monkeypatch, "report", "pico.yaml") == 2
     assert deme(monkeypatch, "similarity", "pico.yaml") == 0
     said = capsys.readouterr().out
-    assert "similarity.npz: " in said and "of pairs conflict" in said
+    assert (
+        "similarity.npz: " in said
+        and "of pairs conflict on these 8 images" in said
+        and " of 5 bins told from noise" in said
+    )
     assert not list((tmp_path / "runs" / "store").glob("decouple"))
     assert deme(monkeypatch, "run", "pico.yaml", "--dry-run") == 0
     assert "waits" not in capsys.readouterr().out

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from deme_diffusion.analysis.similarity import bins_of, shares, write_similarity
-from deme_diffusion.analysis.sketch import COLUMNS, cosines, sketch_into
+from deme_diffusion.analysis.similarity import bins_of, shares, summary, write_similarity
+from deme_diffusion.analysis.sketch import COLUMNS, Sketches, compared, cosines, sketch_into, standard_error
 from deme_diffusion.config import PretrainSettings, SimilaritySettings
 from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.division import uniform
@@ -76,7 +76,11 @@ def test_cosines_of_quadratics_are_known(digits: Splits, tmp_path: Path) -> None
     t = np.arange(T)
     np.testing.assert_allclose(found.arrays["cosine"], around(t, t), atol=1e-6)
     np.testing.assert_allclose(found.arrays["norms"], 2 / 64)
-    np.testing.assert_allclose(found.arrays["agreement"], 1)
+    np.testing.assert_allclose(found.arrays["cross"], around(t, t), atol=1e-6)  # no noise
+    np.testing.assert_allclose(found.arrays["cross_error"], 0, atol=1e-12)
+    assert found.meta["determined"] == found.meta["bins"] == T
+    apart = np.abs(t[:, None] - t)[np.triu_indices(T, 1)]
+    assert found.meta["expected"] == pytest.approx((apart > 6).mean(), abs=(apart == 6).mean())
     apart = np.abs(t[:, None] - t)[np.triu_indices(T, 1)]
     meta = found.meta
     assert meta["error"] == 0 and meta["conflicting_least"] == meta["conflicting_most"] == meta["conflicting"]
@@ -93,11 +97,13 @@ def test_bins_and_parts_of_the_timesteps(digits: Splits, tmp_path: Path) -> None
     np.testing.assert_allclose(scattered.arrays["cosine"], around(t, t), atol=1e-6)
     assert scattered.arrays["edges"].tolist() == [*range(6)] and scattered.meta["edges"] == "position in the subset"
     assert scattered.meta["name"] == "[0,2)+[9,12)" and scattered.meta["subset"] == [[0, 2], [9, 12]]
-    halves = figure(tmp_path / "c.npz", digits["train"], bins=4, num_images=3)  # a bin's gradient: three angles' mean
+    thirds = figure(tmp_path / "c.npz", digits["train"], bins=4, num_images=24)  # a bin's gradient: three angles' mean
     middle = np.arange(4) * 3 + 1
-    np.testing.assert_allclose(halves.arrays["cosine"], around(middle, middle), atol=1e-6)
+    np.testing.assert_allclose(thirds.arrays["cosine"], around(middle, middle), atol=1e-6)
     one = figure(tmp_path / "d.npz", digits["train"], [[3, 4]], num_images=1)
-    assert one.arrays["cosine"].tolist() == [[1.0]] and one.meta["conflicting_halves"] == []
+    assert one.arrays["cosine"].tolist() == [[1.0]]
+    assert (one.meta["groups"], one.meta["determined"]) == (1, 0) and "expected" not in one.meta
+    assert one.arrays["cross"].tolist() == [[0.0]] and np.isinf(one.arrays["cross_error"]).all()
     for subset in ([], [[8, 13]], [[-1, 3]]):
         with pytest.raises(UserError, match=r"timesteps of \[0, 12\) expected"):
             figure(tmp_path / "e.npz", digits["train"], subset)
@@ -119,6 +125,72 @@ def test_division_is_made_from_the_figure_of_all_timesteps_only(digits: Splits, 
         figure(tmp_path / f"{name}.npz", digits["train"], subset)
         with pytest.raises(UserError, match="ascend from 0 to 12"):
             read_similarity(tmp_path / f"{name}.npz", T)
+
+
+# what is no noise
+
+
+class Noisy(Circle):
+    """Like `Circle` with two angles only, 0 before the middle of T and pi from there on, and noise of the images' own.
+
+    The expected gradient has a norm of `signal` / 64 on each side of the middle; the noise has `ranks` directions.
+    """
+
+    def __init__(self, signal: float, ranks: int) -> None:
+        super().__init__()
+        self.signal, self.ranks = signal, ranks
+
+    def noised(self, batch: dict[str, Any], t: torch.Tensor, noise: torch.Tensor) -> Noised:
+        side = torch.where(t < T // 2, 1.0, -1.0)[:, None, None, None].double()
+        draw = noise.double().flatten(1)
+        draw[:, self.ranks :] = 0
+        return Noised(noise, t, side * self.signal * self.plane[0] + draw.reshape(noise.shape), {})
+
+
+def told(denoiser: DDPM, path: Path, split: Split, **settings: Any) -> dict[str, Any]:
+    values = SimilaritySettings(**{"bins": 4, "num_images": 32, **settings})
+    return write_similarity(path, denoiser, split, values, batch_size=4)
+
+
+@pytest.mark.parametrize("sketch", [64, 32])
+def test_planted_conflict_is_found_beyond_noise(sketch: int, digits: Splits, tmp_path: Path) -> None:
+    found = told(Noisy(3.0, 64), tmp_path / "s.npz", digits["train"], num_images=64, sketch=sketch)
+    assert found["determined"] == 4 and found["expected"] == pytest.approx(4 / 6)  # pairs on two sides of the middle
+    cross = read_figure(tmp_path / "s.npz").arrays["cross"]
+    if sketch == 64:  # |E g|^2 over |g|^2, where |g|^2 has 64 / 64 of noise on 9 of the planted
+        np.testing.assert_allclose(np.diagonal(cross), 0.9, atol=0.1)
+
+
+@pytest.mark.parametrize("ranks", [2, 64])
+def test_planted_noise_is_not_determined(ranks: int, digits: Splits, tmp_path: Path) -> None:
+    path, wrong = tmp_path / "s.npz", 0
+    for seed in range(20):
+        found = told(Noisy(0.0, ranks), path, digits["train"], seed=seed, bins=2, num_images=16)
+        assert found["conflicting"] == 0 and found["mean"] > 0.99  # noise that the bins share looks like agreement
+        wrong += found["determined"] > 0
+        if seed == 0:
+            assert not told(Noisy(0.0, ranks), path, digits["train"], num_images=1)["determined"]
+    assert wrong <= 2  # at most 2.3% each
+
+
+def test_standard_error_is_that_of_leaving_out_groups() -> None:
+    draw = np.random.default_rng(0)
+    sums, sizes = draw.normal(size=(6, 5)) + 0.5, [3, 3, 2, 2, 2, 2]
+
+    def square(kept: list[int]) -> float:
+        pairs = [(a, b) for a in kept for b in kept if a != b]
+        return float(sum(sums[a] @ sums[b] for a, b in pairs) / sum(sizes[a] * sizes[b] for a, b in pairs))
+
+    unit = np.square(sums.sum(axis=0)).sum() / sum(sizes) ** 2
+    left = np.array([square([a for a in range(6) if a != out]) for out in range(6)])
+    expected = square([*range(6)]) / unit, np.sqrt(5 / 6 * np.square(left - left.mean()).sum()) / unit
+    np.testing.assert_allclose(standard_error(sums @ sums.T, sizes), expected)
+    cross = compared(lambda rows, columns: sums[None][rows, :, columns], (1, 6, 5), sizes)[1]
+    assert cross[0, 0] == pytest.approx(expected[0])
+    assert standard_error(sums[:3] @ sums[:3].T, sizes[:3]) == (0.0, np.inf)  # too few
+    assert standard_error(np.zeros((6, 6)), sizes) == (0.0, np.inf)
+    far = [standard_error(x @ x.T, [1] * 8) for x in draw.normal(size=(4000, 8, 3))]
+    assert np.mean([square > 2 * error for square, error in far]) < 0.0228
 
 
 # the sketch's error
@@ -196,10 +268,40 @@ def test_memory_is_that_of_a_training_step_for_any_number_of_bins(digits: Splits
 
     compare(1, 1)()  # caches and imports
     trained = peak(denoiser, step)
-    few, many = peak(denoiser, compare(4, 1)), peak(denoiser, compare(32, 1))
-    assert read_figure(tmp_path / "s.npz").arrays["cosine"].shape == (32, 32)
-    assert max(peak(denoiser, compare(2, 32)), many) <= 1.5 * trained
-    assert many - few < 0.2 * 32 * 2 * 4096 * 8  # the size of the sketches
+    few, many = peak(denoiser, compare(2, 4)), peak(denoiser, compare(12, 4))
+    assert read_figure(tmp_path / "s.npz").arrays["cosine"].shape == (12, 12)
+    assert max(peak(denoiser, compare(1, 64)), many) <= 1.5 * trained
+    assert many - few < 0.6 * 12 * 4 * 4096 * 4  # the size of the sketches
+
+
+def test_file_of_sketches_is_neither_read_whole_nor_mapped(tmp_path: Path) -> None:
+    bins, groups, size = 400, 8, 4096
+    pytest.importorskip("resource")
+    script = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from deme_diffusion.analysis.sketch import Sketches
+bins, groups, size = map(int, sys.argv[2:])
+sketches = Sketches(Path(sys.argv[1]), bins, [1] * groups, size, {})
+draw = np.random.default_rng(0)
+few = draw.normal(size=(groups, size))
+for i in range(bins):
+    for group in range(groups):
+        sketches.put(group, few[group] * (i + 1))
+    sketches.close_bin(1.0)
+    if not i:
+        compared = Sketches(Path(sys.argv[1]), 1, [1] * groups, size, {}).compared()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cosine, cross = sketches.compared()
+assert cosine.min() > 0.999 and np.ptp(cross) < 1e-3
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+    arguments = [sys.executable, "-c", script, str(tmp_path), *map(str, (bins, groups, size))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    held = (tmp_path / Sketches.DATA).stat().st_size
+    assert held == bins * groups * size * 4  # what the figure takes on disk while it is made
+    assert int(done.stdout) < 0.3 * held  # resident pages, those of mapped files included
 
 
 # the drawing
@@ -209,10 +311,10 @@ def data(bins: int, name: str = "[0,1000)", lo: int = 0, hi: int = 1000, **meta:
     draw = np.random.default_rng(bins)
     cosine = cosines(draw.normal(size=(bins, 6)) + 0.5)
     told = {"name": name, "edges": "timestep", "num_images": 8, "split": "train", "parameters": 1000, "sketch": 64}
-    told |= {"error": 0.125, "conflicting_halves": [0.25, 0.0], **shares(cosine, 0.125), **meta}
+    cross, error = draw.uniform(-0.2, 1, (bins, bins)), draw.uniform(0.01, 0.5, bins)
+    told |= {"groups": 8, **summary(cosine, cross, error, 0.125), **meta}
     edges = np.linspace(lo, hi, bins + 1).round()
-    agreement = draw.uniform(-1, 1, bins)
-    return FigureData("similarity", told, {"cosine": cosine, "edges": edges, "agreement": agreement})
+    return FigureData("similarity", told, {"cosine": cosine, "edges": edges, "cross": cross, "cross_error": error})
 
 
 @pytest.mark.parametrize("bins", [1, 2, 1000])
@@ -221,8 +323,10 @@ def test_pictures_of_few_and_many_bins(bins: int) -> None:
     drawn = svg_of(picture.draw, picture.width, picture.height)
     assert 5_000 < len(drawn) < 250_000
     assert f"{100 * data(bins).meta['conflicting']:.0f}%" in picture.caption
-    assert ("means over neighbouring bins" in picture.caption) == (bins == 1000)
-    assert "8 images of the train split" in picture.caption and "25% and 0%" in picture.caption
+    assert ("show means" in picture.caption) == (bins == 1000)
+    finding, made = picture.caption.split("\n")
+    assert "On these 8 images and their noise" in finding and f" of {bins} bins" in finding
+    assert "train images" in made and "8 groups" in made
 
 
 @pytest.mark.parametrize("ranges", [2, 8])
@@ -230,7 +334,10 @@ def test_picture_of_ranges_is_one(ranges: int) -> None:
     parts = [data(20), *(data(20, f"[{i},{i + 1})", i, i + 1) for i in range(ranges - 1))]
     parts.append(data(9, "[0,50)+[300,400)+[900,950)", 0, 200, edges="position in the subset"))
     (picture,) = pictures(parts)
-    assert all(part.meta["name"] in picture.caption and part.meta["name"] in picture.alt for part in parts)
+    assert all(part.meta["name"] in picture.alt for part in parts)
+    if ranges <= 4:
+        assert all(part.meta["name"] in picture.caption for part in parts)
+    assert len(picture.caption.split()) <= 100
     assert png_of(picture.draw, picture.width, picture.height)[:4] == b"\x89PNG"
     assert len(svg_of(picture.draw, picture.width, picture.height)) < 260_000
 
@@ -242,22 +349,35 @@ def test_thinned_matrix_has_the_same_mean() -> None:
     assert thinned(matrix, 5).shape == (5, 5)
 
 
-def test_exact_cosines_are_called_so() -> None:
+def test_caption_says_what_is_determined() -> None:
     (picture,) = pictures([data(4, error=0.0)])
-    assert "exact" in picture.caption and "projected" not in picture.caption
-    (picture,) = pictures([data(4, conflicting_halves=[])])
-    assert "gradients of one image" in picture.caption
+    assert "No projection" in picture.caption and "Projected" not in picture.caption
+    (picture,) = pictures([data(4, determined=3, expected=0.5, expected_least=0.25, expected_most=0.75)])
+    assert "Of expected gradients 50% (25% to 75%) do, by the 3 of 4 bins that stand out" in picture.caption
+    lacking = data(4, determined=1)
+    few = FigureData("similarity", {k: v for k, v in lacking.meta.items() if k[:8] != "expected"}, lacking.arrays)
+    (picture,) = pictures([few])
+    assert "Whether expected gradients do is not determined: 1 of 4 bins stand out from noise." in picture.caption
+
+
+@pytest.mark.parametrize(("cross", "error"), [(0.0, np.inf), (0.0, 0.0), (1.0, 0.0), (-0.5, 0.01), (0.5, 0.001)])
+def test_pictures_of_any_standard_error(cross: float, error: float) -> None:
+    arrays = {"cross": np.full((4, 4), cross), "cross_error": np.full(4, error)}
+    whole = data(4)
+    (picture,) = pictures([FigureData("similarity", whole.meta, {**whole.arrays, **arrays})])
+    assert len(svg_of(picture.draw, picture.width, picture.height)) > 5_000
 
 
 def test_data_that_lack_something_are_refused(tmp_path: Path) -> None:
     good = data(4)
     for name in good.arrays:
         left = {key: value for key, value in good.arrays.items() if key != name}
-        with pytest.raises(UserError, match=f"'{name}' is missing"):
+        with pytest.raises(UserError, match=f"no {name} in it"):
             pictures([FigureData("similarity", good.meta, left)])
-    with pytest.raises(UserError, match="for 4 edges"):
-        pictures([FigureData("similarity", good.meta, {**good.arrays, "edges": np.arange(4)})])
-    with pytest.raises(UserError, match="'conflicting' is missing"):
+    for name, array in (("edges", np.arange(4)), ("cross", np.zeros((4, 3))), ("cosine", np.zeros((0, 0)))):
+        with pytest.raises(UserError, match="belongs there"):
+            pictures([FigureData("similarity", good.meta, {**good.arrays, name: array})])
+    with pytest.raises(UserError, match=r"no .*conflicting"):
         pictures([FigureData("similarity", {"name": "[0,4)", "edges": "timestep"}, good.arrays)])
     (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(UserError, match="no figure's data"):

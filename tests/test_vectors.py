@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,9 @@ def test_a_projection_that_folds_is_in_the_weight(tmp_path: Path) -> None:
     folded = component(tmp_path / "folded", fold(expert, {BLOCK: matrix}))
     one, other = written(tmp_path, bases, [beside]), written(tmp_path, bases, [folded])
     assert one.meta["layers"] == other.meta["layers"]
+    assert (one.meta["folded"], other.meta["folded"]) == ([BLOCK], [])
+    assert "with the projections that fold into them" in pictures([one])[0].caption
+    assert "that fold" not in pictures([other])[0].caption + pictures([other])[1].caption
     np.testing.assert_allclose(one.arrays["quantiles"], other.arrays["quantiles"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(one.arrays["relative_norms"], other.arrays["relative_norms"], rtol=1e-6)
 
@@ -184,6 +188,7 @@ def figure(path: Path, experts: int, layers: int, spread: float = 0.3) -> Figure
         "layers": [f"down_blocks.{k // 4}.layer{k}" for k in range(layers)],
         "blocks": [f"down_blocks.{k}" for k in range(blocks)],
         "of_block": [k // 4 for k in range(layers)],
+        "folded": ["down_blocks.0.resnets.0.conv2"] * (experts > 1),
         "sampled": ["down_blocks.0.layer0"],
         "sample": 2**20,
         "whole": whole,
@@ -204,6 +209,16 @@ def test_one_and_many_layers_are_drawn_small(tmp_path: Path, experts: int, layer
     assert ("Boxes" in found[0].caption) == (layers <= 60)
     assert ("logarithmic" in found[0].caption) == (spread == 2.0)
     assert "1,048,576 sampled" in found[0].caption
+    assert all(len(picture.caption.split()) <= 90 for picture in found)
+
+
+def test_data_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    data = figure(tmp_path / "v.npz", 3, 8)
+    arrays = {**data.arrays, "relative_norms": data.arrays["relative_norms"][:2]}
+    with pytest.raises(UserError, match=r"v\.npz: relative_norms is of shape \(2, 2\); \(3, 2\) belongs there"):
+        pictures([replace(data, arrays=arrays)])
+    with pytest.raises(UserError, match=r"v\.npz: no quantiles, relative_norms in it"):
+        pictures([replace(data, arrays={"mean_absolute": data.arrays["mean_absolute"]})])
 
 
 def test_the_pictures_need_no_torch(tmp_path: Path) -> None:

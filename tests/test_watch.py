@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from browser import Browser
 from conftest import make_pico_values
@@ -66,6 +67,13 @@ def begin(run: Run, node: Node, **files: str) -> Path:
     return folder
 
 
+def begun_again(run: Run) -> None:
+    """As `deme run` does, which has not ended."""
+    run.whole = True
+    run.prepare()
+    run.whole = False
+
+
 def page(run: Run) -> str:
     return (run.folder / "report.html").read_text(encoding="utf-8")
 
@@ -84,7 +92,7 @@ def everything(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_finished_run_is_written_once_and_does_not_reload(run: Run) -> None:
-    assert watch(run, 1, sleep=lambda _: pytest.fail("there is nothing to wait for")) is True
+    assert watch(run, 1, sleep=lambda _: pytest.fail("there is nothing to wait for")) == "final"
     assert REFRESH not in page(run) and 'id="progress"' not in page(run)
 
 
@@ -106,11 +114,12 @@ def test_page_of_a_run_that_goes_on(run: Run) -> None:
 
 def test_rows_that_are_measured_are_in_the_table(run: Run) -> None:
     undone(run, "expert 1")
+    run.merged.unlink()  # as before the run has merged anything
     watched(run, 1).write()
     table = page(run).partition('id="table"')[2].partition("</section>")[0]
     assert 'data-model="all-timesteps"' in table and 'data-model="merged"' not in table
     assert "loss" in table and "latency" not in table
-    assert "from_pretrained" not in page(run) or not run.merged.exists()
+    assert "from_pretrained" not in page(run)
 
 
 def test_trials_of_a_search_are_shown_as_they_come(run: Run) -> None:
@@ -130,11 +139,52 @@ def test_cells_of_a_landscape_are_counted(run: Run) -> None:
     cells = [{"a": [0, 1, 2], "b": [0, 1]}, {"cell": [0, 0], "losses": [1]}, {"cell": [0, 1], "losses": [1]}]
     folder = begin(run, stage(run, "loss landscape"))
     (folder / WORK / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
-    (run.folder / "table.json").unlink()
+    begun_again(run)
     assert watched(run, 1).write() is False
     assert "2 of 6 cells" in row(run, "loss landscape")
-    (run.folder / "table.json").write_text("[]")  # as a run does that ended, though a figure of it failed
-    assert watched(run, 1).write() is True
+
+
+def test_a_run_that_ended_stays_so_whatever_was_asked_of_it_since(run: Run) -> None:
+    """Though a figure of it failed, and another command wrote into run.json."""
+    run = open_run(load(str(run.folder), ["analyze.figures=[landscape]"]))
+    begun_again(run)
+    run.execute(lambda graph: list(graph.merged.values()))
+    assert watched(run, 1).write() is False
+    run.whole = True
+    run.report()
+    made = open_run(load(str(run.folder)), download=False)
+    made.execute(lambda graph: list(graph.merged.values()))
+    written = json.loads((run.folder / "run.json").read_text())
+    assert written["finished"] == run.ended
+    assert watch(made, 1, sleep=lambda _: pytest.fail("there is nothing to wait for")) == "final"
+    assert REFRESH not in page(run) and 'id="progress"' not in page(run)
+
+
+def test_where_nothing_runs_the_watching_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    undone(run, "expert 1")
+    folder = begin(run, stage(run, "expert 1"), **{"loss.jsonl": '{"step": 1, "denoising": 1}'})
+    rounds: list[float] = []
+
+    def later(_: float) -> None:
+        rounds.append(1)
+        assert REFRESH in page(run)
+        if len(rounds) == 2:
+            lock.release()
+
+    lock = FileLock(f"{folder}.lock")
+    lock.acquire()
+    assert watched(run, 1).write() is False
+    monkeypatch.setattr("deme_diffusion.pipeline.watching.STILL", -1.0)
+    assert watch(run, 1, sleep=later) == "still"
+    assert len(rounds) == 2 and REFRESH not in page(run) and "waiting" in row(run, "expert 1 [10,20)")
+
+
+def test_figures_alone_that_nobody_makes_leave_a_final_page(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(load(str(run.folder), ["analyze.figures=[landscape]"]))
+    begun_again(run)
+    monkeypatch.setattr("deme_diffusion.pipeline.watching.STILL", -1.0)
+    assert watch(run, 1, sleep=lambda _: pytest.fail("there is nothing to wait for")) == "still"
+    assert REFRESH not in page(run) and 'id="progress"' not in page(run)
 
 
 def test_watching_ends_with_the_run(run: Run) -> None:
@@ -150,7 +200,7 @@ def test_watching_ends_with_the_run(run: Run) -> None:
             folder = run.store.folder(node.key)
             shutil.copytree(whole / folder.relative_to(run.store.root), folder)
 
-    assert watch(run, 5, sleep=another) is True
+    assert watch(run, 5, sleep=another) == "final"
     assert not gone and rounds == sorted(set(rounds)) and REFRESH not in page(run)
 
 
@@ -161,7 +211,7 @@ def test_ctrl_c_leaves_a_page_that_no_longer_reloads(run: Run) -> None:
         assert REFRESH in page(run)
         raise KeyboardInterrupt
 
-    assert watch(run, 1, sleep=interrupted) is False
+    assert watch(run, 1, sleep=interrupted) == "interrupted"
     assert REFRESH not in page(run) and 'id="progress"' in page(run)
 
 
@@ -179,7 +229,7 @@ def test_what_is_half_written_is_tried_again_and_told_if_it_stays_so(run: Run) -
         elif len(times) == 3:
             raise KeyboardInterrupt
 
-    assert watch(run, 1, sleep=mended) is False
+    assert watch(run, 1, sleep=mended) == "interrupted"
     metrics.write_text("{" + " " * (size - 1))
     with pytest.raises(ValueError):
         watch(run, 1, sleep=lambda _: None)
@@ -192,8 +242,9 @@ def test_onlooker_takes_no_lock_and_mends_nothing(run: Run, monkeypatch: pytest.
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("a lock was taken")
 
-    monkeypatch.setattr(artefacts, "_try_lock", refused)
+    monkeypatch.setattr(artefacts, "try_lock", refused)
     assert Onlooker(run.store.root).find(node.key) is None
+    assert Onlooker(run.store.root).is_held(node.key) is False
     assert (run.store.folder(node.key) / MANIFEST).read_text() == "{"
     assert watched(run, 1).write() is False
     found = Onlooker(run.store.root).find(stage(run, "expert 1").key)
@@ -231,7 +282,7 @@ def test_run_is_watched_while_another_process_makes_it(pico_pipeline: Path, tmp_
         made.execute()
         made.report()
 
-    assert watch(open_run(load(str(made.folder))), 1, sleep=work) is True
+    assert watch(open_run(load(str(made.folder))), 1, sleep=work) == "final"
     assert seen == [True] and REFRESH not in page(made) and 'data-model="merged"' in page(made)
 
 
@@ -270,11 +321,10 @@ def test_missing_figures_do_not_stop_the_report(
     run: Run,
 ) -> None:
     run = open_run(load(str(run.folder), ["analyze.figures=[plane]"]))
-    run.prepare()
+    begun_again(run)
     assert deme("report", run.folder).status == 0
     assert "deme analyze" in page(run)
-    run.prepare()  # the run begins again, and may be at it
-    assert watched(run, 1).write() is False
+    assert watched(run, 1).write() is False  # the run may be at it
 
 
 def test_refusals(deme: Deme, run: Run, tmp_path: Path) -> None:  # noqa: F811
@@ -284,6 +334,8 @@ def test_refusals(deme: Deme, run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert deme("report", "digits", "--watch").refusal.startswith("runs/digits: no such run folder")
     assert deme("report", there, "--watch", "--json").refusal.startswith("--watch and --json: ")
     assert deme("report", there, "--watch", "--export", "x").refusal.startswith("--watch and --export: ")
+    assert deme("report", there, "--every", "3").refusal == "--every 3: says nothing without --watch"
+    assert deme("report", there, "--export", "x", "--out", "y").refusal.startswith("--export and --out: ")
     assert deme("report", there, there, "--watch").refusal == "--watch: of one run, and 2 are given"
     assert deme("report", there, "--out", tmp_path).refusal.startswith(f"--out {tmp_path}: a folder")
     assert "--every" in deme("report", there, "--watch", "--every", "0").refusal
@@ -294,6 +346,7 @@ def test_refusals(deme: Deme, run: Run, tmp_path: Path) -> None:  # noqa: F811
 def test_page_goes_elsewhere_as_well(deme: Deme, run: Run, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "sent" / "page.html"
     assert str(out) in deme("report", run.folder, "--out", out).out
+    assert json.loads(deme("report", run.folder, "--json", "--out", out).out)
     assert out.read_bytes() == (run.folder / "report.html").read_bytes()
 
 
@@ -302,3 +355,56 @@ def test_watched_is_evidence_of_a_store_that_is_only_looked_at(run: Run) -> None
     assert isinstance(seen, Watched) and isinstance(seen.store, Onlooker) and isinstance(run.store, Store)
     with pytest.raises(UserError):
         open_run(load(str(run.folder / "nothing")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seconds": "abc"}, "seconds of the stage expert 0 [0,10) is 'abc'; a number is expected"),
+        ({"steps": [1]}, "steps of the stage expert 0 [0,10) is [1]; a number is expected"),
+        ({"digest": None}, ""),
+        (None, "stages is dict, where a list of stages is expected"),
+    ],
+)
+def test_a_record_that_was_edited_is_told_or_passed_over(
+    deme: Deme,  # noqa: F811
+    run: Run,
+    change: dict[str, Any] | None,
+    said: str,
+) -> None:
+    record = json.loads((run.folder / "run.json").read_text())
+    entry = next(entry for entry in record["stages"] if entry["label"].startswith("expert 0"))
+    entry |= change or {}
+    (run.folder / "run.json").write_text(json.dumps(record if change else {**record, "stages": {}}))
+    done = deme("report", run.folder)
+    assert said in done.err if said else done.status == 0
+    assert watched(run, 1).write() is True
+    run.execute()  # which writes it anew
+    assert run.recorded()[stage(run, "expert 0").digest]["seconds"] > 0
+
+
+def test_only_a_whole_run_is_how_it_was_made(run: Run) -> None:
+    values = load(str(run.folder)).recipe
+    begun = open_run(Loaded(values, {}), out=run.folder, command="deme run pico.yaml", download=False)
+    begun.execute()
+    for command, loaded in (
+        ("deme analyze pico.yaml", Loaded(values, {})),
+        ("deme decouple runs/pico", load(str(run.folder))),
+    ):
+        other = open_run(loaded, out=run.folder, command=command, download=False)
+        other.execute(lambda graph: list(graph.merged.values()))
+    again = open_run(load(str(run.folder)), command="deme run runs/pico", download=False)
+    again.execute()
+    content = again.content(again.rows())
+    assert content["command"] == "deme run pico.yaml" == json.loads((run.folder / "run.json").read_text())["command"]
+    assert content["rerun"] == f"deme run {run.folder}" and content["folder"] == str(run.folder)
+    record = json.loads((run.folder / "run.json").read_text()) | {"command": "deme analyze pico.yaml"}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    assert again.content(again.rows())["command"] == ""
+
+
+def test_paths_of_a_page_do_not_depend_on_the_working_directory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.folder.parent)
+    seen = open_run(load("pico"), download=False)
+    content = seen.content(seen.rows())
+    assert content["merged_path"] == str(run.merged) and content["rerun"] == f"deme run {run.folder}"

@@ -234,8 +234,12 @@ def analyze(
 
     whole = _opened(recipe, [*overrides, *overrides_for(experts, merged)], out)
     names = named(figures, whole.recipe)
-    whole.execute(lambda graph: [node for name in names for node in graph.figure(name)])
-    return [Figure.of(picture, whole.folder) for picture in whole.draw(names)]
+    whole.analyze(names)
+    drawn = whole.draw(names)
+    whole.renew()
+    if whole.failure is not None:
+        raise whole.failure
+    return [Figure.of(picture, whole.folder) for picture in drawn]
 
 
 def sample(

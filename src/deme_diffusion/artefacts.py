@@ -1,4 +1,4 @@
-"""Artefacts: the store that all runs share, manifests and locks, provenance and clean-up."""
+"""Artefacts: the store that all runs share, manifests, locks and provenance."""
 
 import contextlib
 import json
@@ -14,13 +14,12 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.errors import MachineError
 from deme_diffusion.files import TEMPORARY, Record, canonical_digest, explained, file_digest, visible_files, write_json
 from deme_diffusion.provenance import provenance
 
 logger = logging.getLogger(__name__)
 MANIFEST, WORK = "manifest.json", "work"  # checkpoints live in work, which goes when the artefact is finished
-PLANS = "plans"  # beside the runs, plans that language models were asked for; no run, unless it has the record of one
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,14 @@ class Store:
         folder = self.folder(key)
         with contextlib.suppress(_Fault):
             return _load(folder, key)
-        with _try_lock(folder) as ours:  # whoever else holds it is already making it again
+        with try_lock(folder) as ours:  # whoever else holds it is already making it again
             if not ours:
                 return None
             try:
                 return _load(folder, key)
             except _Fault as fault:
                 logger.warning("%s %s: %s; it will be made again", key.stage, key.digest, fault)
-                _empty(folder)
+                empty(folder)
         return None
 
     def status(self, key: Key) -> Literal["done", "partial", "missing"]:
@@ -116,12 +115,12 @@ class Store:
     @contextlib.contextmanager
     def lock(self, key: Key, timeout: float = -1) -> Iterator[None]:
         """Hold the key's lock; `timeout` in seconds, negative waits for ever; MachineError when it has passed."""
-        with _try_lock(self.folder(key)) as ours:
+        with try_lock(self.folder(key)) as ours:
             if ours:
                 yield
                 return
         logger.info("waiting for another process that makes %s %s", key.stage, key.digest)
-        with _try_lock(self.folder(key), timeout) as ours:
+        with try_lock(self.folder(key), timeout) as ours:
             if not ours:
                 raise MachineError(f"{key.stage} {key.digest} is still locked after {timeout:g} s")
             yield
@@ -144,10 +143,33 @@ class Onlooker(Store):
         """The finished artefact, unhashed."""
         return self.glimpse(key)
 
+    def is_held(self, key: Key) -> bool:
+        """Whether somebody has the key's lock now: without taking it, as far as the system lets one look."""
+        try:
+            import fcntl
+
+            file = os.open(_lock_file(self.folder(key)), os.O_RDONLY)
+        except (ImportError, OSError):  # on Windows nobody can look; no file: nobody was ever at work
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a disk without locks
+            return False
+        finally:
+            os.close(file)
+        return False
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
 
 @contextlib.contextmanager
-def _try_lock(folder: Path, timeout: float = 0) -> Iterator[bool]:
-    path = folder.with_name(f"{folder.name}.lock")
+def try_lock(folder: Path, timeout: float = 0) -> Iterator[bool]:
+    """Hold the lock of an artefact's folder, if it can be had within so many seconds; whether it is held."""
+    path = _lock_file(folder)
     with explained("lock", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, is_singleton=True)  # one object a path, so that find() may lock within produce()
@@ -253,7 +275,8 @@ def _read_seconds(path: Path) -> float:
         return 0.0
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Take away all that is in an artefact's folder, the manifest first; its lock is to be held."""
     with explained("empty", folder):
         (folder / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look finished
         for path in folder.iterdir():
@@ -261,57 +284,3 @@ def _empty(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def referenced(runs_root: Path) -> set[tuple[str, str]]:
-    """The (stage, digest) that the run.json of runs and their experiments name; UserError where a run does not tell."""
-    if not runs_root.is_dir():
-        raise UserError(f"{runs_root} is not a folder of runs")
-    found: set[tuple[str, str]] = set()
-    for run in sorted(runs_root.iterdir()):
-        # A link that leads nowhere may be a run on a disk that is not mounted, so it is not passed over.
-        plans = run.name == PLANS and run.is_dir() and not (run / "run.json").exists()
-        if run.name == "store" or run.name.startswith(".") or run.is_file() or plans:
-            continue
-        experiments = [folder for folder in run.glob("ablations/*") if not folder.is_file()]
-        arms = [file.parent for file in run.glob("ablations/*/arms/*/run.json")]  # that were run by themselves as well
-        for file in {*(folder / "run.json" for folder in (run, *experiments, *arms)), *_records_below(run)}:
-            found |= _named_in(file)
-    return found
-
-
-def _records_below(run: Path) -> Iterator[Path]:
-    """Every `run.json` below a run: an arm may have been run by itself, and be the baseline of an experiment."""
-
-    def failed(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}), so what this run needs is unknown")
-
-    for folder, inner, files in os.walk(run, onerror=failed):
-        inner[:] = [name for name in inner if name != "store"]
-        yield from (Path(folder) / name for name in files if name == "run.json")
-        # An experiment names its stages before it makes any; what is not beside a run's record is only called so.
-        if Path(folder).name == "ablations" and (Path(folder).parent / "run.json").is_file():
-            yield from (Path(folder) / name / "run.json" for name in inner)
-
-
-def _named_in(file: Path) -> set[tuple[str, str]]:
-    try:
-        return {(str(stage["stage"]), str(stage["digest"])) for stage in json.loads(file.read_bytes())["stages"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"cannot read {file} ({type(error).__name__}), so what this run needs is unknown"
-        raise UserError(f"{why}; mend it or move the folder away") from error
-
-
-def clean(store: Store, keep: set[tuple[str, str]], dry_run: bool) -> list[tuple[Path, int]]:
-    """Remove the artefacts not in `keep` that nobody is making; returns their folders and sizes in bytes."""
-    removed = []
-    for folder in sorted(store.root.glob("*/" + "[0-9a-f]" * 16)):  # nothing but what a key can have named
-        if (folder.parent.name, folder.name) in keep or folder.is_symlink() or not folder.is_dir():
-            continue
-        with _try_lock(folder) as ours:
-            if ours:
-                removed.append((folder, sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())))
-            if ours and not dry_run:
-                _empty(folder)
-                folder.rmdir()
-    return removed

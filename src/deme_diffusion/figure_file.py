@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,32 @@ META = "meta"
 
 @dataclass(frozen=True)
 class FigureData:
-    """`kind` (one of `config.FIGURES`), plain `meta` (names, units, settings, numbers), and `arrays` by name."""
+    """`kind` (one of `config.FIGURES`), plain `meta` (names, units, settings, numbers), `arrays` by name, and the file
+    that they were read from."""
 
     kind: str
     meta: Mapping[str, Any]
     arrays: Mapping[str, npt.NDArray[Any]]
+    path: str = ""
+
+    def require(self, facts: Sequence[str], lengths: Mapping[str, int] | None = None, **axes: str) -> None:
+        """Check for what a drawing needs: `facts` of the meta, and arrays by name with a letter or digit an axis.
+
+        Axes of one letter are of one length, which `lengths` may give; a digit is a length, a last + any axes more.
+        Raises UserError, naming the file, for what is missing or shaped otherwise.
+        """
+        where = self.path or f"data of the figure {self.kind}"
+        if missing := [*(n for n in facts if n not in self.meta), *(n for n in axes if n not in self.arrays)]:
+            raise UserError(f"{where}: no {', '.join(missing)} in it; draw it from what this version's analyze wrote")
+        known = {str(digit): digit for digit in range(10)} | dict(lengths or {})
+        for name, letters in axes.items():
+            own = self.arrays[name].shape
+            shape = own[: len(letters) - 1] if letters.endswith("+") else own
+            letters = letters.removesuffix("+")
+            for letter, length in zip(letters, shape, strict=False):
+                known.setdefault(letter, length)
+            if shape != (expected := tuple(known.get(letter, 0) for letter in letters)):
+                raise UserError(f"{where}: {name} is of shape {own}; {expected} belongs there")
 
 
 def write_figure(path: Path, kind: str, meta: Mapping[str, Any], **arrays: npt.ArrayLike) -> None:
@@ -41,7 +62,7 @@ def read_figure(path: Path) -> FigureData:
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         meta = json.loads(str(arrays.pop(META)))
-        return FigureData(str(meta.pop("kind")), meta, arrays)
+        return FigureData(str(meta.pop("kind")), meta, arrays, str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'cannot be read'}") from None
     except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile):

@@ -6,11 +6,12 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from deme_diffusion.files import Record
+from deme_diffusion.files import Record, canonical_digest
 
 _DISTRIBUTIONS = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "deme-diffusion")
 
@@ -27,6 +28,46 @@ def provenance() -> Record:
         "versions": {name: _version(name) for name in _DISTRIBUTIONS},
         "git": _git(Path(__file__).resolve().parents[2]),
     }
+
+
+UNKNOWN = "unknown"
+_MADE_BY = ("processor", "memory", "gpus", "versions", "git")
+_BESIDE = ("python", "platform", "processors")
+
+
+def made_by(records: Iterable[Record | None]) -> list[Record]:
+    """One record for each machine and software that made some stages, of the most stages first; `stages` counts them.
+
+    `records` is the provenance of each stage. What it does not say is `UNKNOWN`: nothing is taken from another record,
+    nor from this machine. Python, platform and number of processors are lists where they differ within one record.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        told = _told(record)
+        groups.setdefault(canonical_digest({name: told[name] for name in _MADE_BY}), []).append(told)
+    return [_of_all(group) for group in sorted(groups.values(), key=len, reverse=True)]
+
+
+def _told(record: Record | None) -> Record:
+    """The fields of a stage's provenance; None stays where it says something: no GPU's driver, no source tree."""
+    given = record if isinstance(record, dict) else {}
+    told = {name: given.get(name, UNKNOWN) for name in (*_MADE_BY, *_BESIDE)}
+    return {name: UNKNOWN if value is None and name not in ("gpus", "git") else value for name, value in told.items()}
+
+
+def _of_all(group: list[Record]) -> Record:
+    beside = {name: list({str(one[name]): one[name] for one in group}.values()) for name in _BESIDE}
+    same = {name: values[0] if len(values) == 1 else values for name, values in beside.items()}
+    return {"stages": len(group), **{name: group[0][name] for name in _MADE_BY}, **same}
+
+
+def machine_of(record: Record | None) -> str | None:
+    """The machine in words, for telling two apart; None where a stage's provenance does not say enough for that."""
+    told = _told(record)
+    if UNKNOWN in (told["processor"], told["processors"], told["memory"], told["gpus"]):
+        return None
+    gpus = ", ".join(map(str, told["gpus"] or ())) or "no GPU"
+    return f"{told['processors']} x {told['processor']}, {told['memory']}, {gpus}"
 
 
 @cache

@@ -149,7 +149,5 @@ def _statuses(content: Mapping[str, Any]) -> Counter[str]:
 
 def _renew_page(experiment: Experiment) -> None:
     """The page of a run that was finished before tells of its ablations as well."""
-    run = experiment.run
-    if (run.folder / "table.json").is_file() and all(run.store.status(n.key) == "done" for n in run.required()):
-        run.stages = run.recorded()
-        run.report()
+    if (experiment.run.folder / "table.json").is_file():
+        experiment.run.renew()

@@ -5,8 +5,9 @@ over the images of |Delta| and of |F| at each channel c and position p, for each
 
 How they vary is read from m(c, p) = m + a_c + b_p + rest: the coefficient of variation along channels is the standard
 deviation of a_c by m, along space that of b_p by m. A mean over more entries varies less by chance, and a block has
-more positions than channels or fewer, so variances are unbiased: products of the two halves, which share no image, less
-what the rest leaves in a mean over the other axis.
+more positions than channels or fewer, so variances are unbiased: products of the two halves, which share no image. The
+rest is alike at neighbouring positions, so it does not average out along them as chance would: a_c is compared between
+two parts of space that lie apart. From b_p, which is a mean over channels, what the rest leaves in one is taken off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from deme_diffusion.analysis.models import Load, protocol
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.errors import UserError
@@ -33,8 +35,6 @@ from deme_diffusion.models.placement import BLOCK
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float64]
-Load = Callable[[], nn.Module]
-"""Gives a model as it is served: folded, in eval mode, on its device."""
 KINDS = ("change", "base", "relative")
 """Whose variation: |Delta|, |F|, and |Delta| by |F| at each channel and position."""
 LEAST = 0.01
@@ -67,44 +67,59 @@ def write_activations(
     merged: Load | None,
     settings: AnalyzeSettings,
     *,
+    served: Sequence[Runs],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """Leave the data of the figure: each expert on its own subset, `noise.ranges[i]`, the merged model on all of them.
+    """Leave the data of the figure: each expert on its own subset, `noise.ranges[i]`, the merged model on the ranges
+    that are `served`, which are [0, T) once, also where subsets overlap.
 
     By place k: `channels_k` (models, C) and `positions_k` (models, h, w), or (models, tokens): the mean |Delta| by the
     place's mean |F|, and `base_channels_k`, `base_positions_k` of |F|; `sizes` (models, places); `variations` (models,
-    places, 3 `KINDS`, 2): along channels and along positions, NaN where there is no change. Returns the medians over
-    places: the merged model's, or where there is none the mean of the experts'.
+    places, 3 `KINDS`, 2): along channels and along positions, below 0 where a variance was estimated to be, NaN where
+    there is no change. Returns the medians over places: the merged model's, or where there is none the mean of the
+    experts'.
     """
-    where = places(base)
-    extra = None if merged is None else merged()
-    found, whole, total = list[list[Means]](), None, 0
-    for i, (runs, load) in enumerate(zip(noise.ranges, experts, strict=True)):
-        log.info("activations of %s", names[i])
-        own, *rest = measure(noise, runs, base, [load(), *([] if extra is None else [extra])], where)
-        found.append(own)
-        size = len(from_runs(runs))
-        total += size
-        for means in rest:
-            scaled = [one * size for one in means]
-            whole = scaled if whole is None else [a + b for a, b in zip(whole, scaled, strict=True)]
-    models = [*names, *(["merged"] if whole is not None else [])]
-    if whole is not None:
-        found.append([one * (1 / total) for one in whole])
+    on = protocol(noise, settings)
+    where, models = places(base), [*names, *(["merged"] if merged else [])]
+    found = _measured(noise, base, experts, merged() if merged else None, served, names, where)
     sizes = np.array([[_by(one.change.mean(), one.base.mean()) for one in means] for means in found])
     varied = np.array([[variations(one) for one in means] for means in found])
     medians = [_medians(size, kinds) for size, kinds in zip(sizes, varied, strict=True)]
-    protocol = {"split": settings.split, "num_images": noise.num_images, "draws": settings.draws, "seed": settings.seed}
     told = {"models": models, "places": where, "kinds": KINDS, "axes": ("channels", "positions"), "medians": medians}
     write_figure(
         path,
         "activations",
-        {**told, **protocol, "T": noise.denoiser.num_train_timesteps, "subsets": noise.ranges},
+        {**told, "protocol": on},
         sizes=sizes,
         variations=varied,
         **_profiles(found),
     )
-    return medians[-1] if whole is not None else _mean_of(medians)
+    return medians[-1] if merged else _mean_of(medians)
+
+
+def _measured(
+    noise: FixedNoise,
+    base: nn.Module,
+    experts: Sequence[Load],
+    merged: nn.Module | None,
+    served: Sequence[Runs],
+    names: Sequence[str],
+    where: Sequence[str],
+) -> list[list[Means]]:
+    """Of each expert, then of the merged model, by place. What an expert serves is its subset, mostly: then both see
+    the same points, and the base runs once."""
+    found, parts = list[list[Means]](), list[list[Means]]()
+    for runs, own, load, name in zip(noise.ranges, served, experts, names, strict=True):
+        log.info("activations of %s", name)
+        beside = [merged] if merged is not None and own == runs else []
+        of_expert, *rest = measure(noise, runs, base, [load(), *beside], where)
+        found.append(of_expert)
+        if merged is not None and own:  # an expert may serve no timestep
+            parts.append([one * len(from_runs(own)) for one in (rest or measure(noise, own, base, [merged], where))[0]])
+    if parts:
+        total = sum(len(from_runs(own)) for own in served)
+        found.append([sum(place[1:], place[0]) * (1 / total) for place in zip(*parts, strict=True)])
+    return found
 
 
 def _profiles(found: Sequence[Sequence[Means]]) -> dict[str, npt.NDArray[np.float32]]:
@@ -191,7 +206,7 @@ def measure(
         for model, own in zip(models, sums, strict=True):
             with watched(model, where, _adding(own, before, sizes, half, where)):
                 noise.denoiser.predict(model, noised.x_t, noised.t, noised.condition)
-    return [[_mean(one, counts) for one in own if one is not None] for own in sums]
+    return [[one * (1 / counts[:, None, None]) for one in own if one is not None] for own in sums]
 
 
 def _adding(
@@ -219,39 +234,57 @@ def _halves(values: torch.Tensor, half: torch.Tensor) -> Array:
     return np.stack([sizes[(half == h).to(sizes.device)].sum(0).double().cpu().numpy() for h in (0, 1)])
 
 
-def _mean(sums: Means, counts: Array) -> Means:
-    if not counts.all():  # one image is both halves
-        sums, counts = sums + Means(sums.shape, sums.base[::-1], sums.change[::-1]), np.full(2, counts.sum())
-    return sums * (1 / counts[:, None, None])
-
-
 # -- variation ------------------------------------------------------------------------------------
 
 
 def variations(means: Means) -> Array:
-    """(3 `KINDS`, 2): coefficients of variation along channels and along positions; NaN for what is rounding."""
+    """(3 `KINDS`, 2): coefficients of variation along channels and along positions, with the sign of the variance that
+    was estimated; NaN for what is rounding."""
     own = np.maximum(means.base, LEAST * means.base.mean())  # of each half, so that the halves stay independent
     relative = np.divide(means.change, own, out=np.zeros_like(means.change), where=own > 0)
-    found = np.array([variation(halves) for halves in (means.change, means.base, relative)])
+    found = np.array([variation(halves, means.shape) for halves in (means.change, means.base, relative)])
     if means.change.mean() <= ROUNDING * means.base.mean():
         found[[0, 2]] = np.nan
     return found
 
 
-def variation(halves: Array) -> tuple[float, float]:
-    """Of means m(c, p) in two halves (2, C, P): sd(a_c) / m and sd(b_p) / m; NaN where m is 0 or an axis has one entry.
+def variation(halves: Array, shape: Sequence[int]) -> tuple[float, float]:
+    """Of means m(c, p) in two halves (2, C, P), positions of `shape`: sd(a_c) / m and sd(b_p) / m, with the sign of the
+    variance that was estimated; NaN where m is 0 or an axis has one entry.
 
-    The two-way layout's estimates of the variances, with products of the halves for squares; below 0 counts as 0.
+    Products of the halves stand for squares. Of positions it is the two-way layout's estimate.
     """
     _, c, p = halves.shape
     mean = halves.mean((1, 2), keepdims=True)
     rows, columns = halves.mean(2, keepdims=True) - mean, halves.mean(1, keepdims=True) - mean
     rest = halves - mean - rows - columns
     left = float(rest.prod(0).sum()) / max(1, (c - 1) * (p - 1))
-    along = [float(part.prod(0).sum()) / (n - 1) - left / (c * p / n) if n > 1 else np.nan
-             for part, n in ((rows, c), (columns, p))]  # fmt: skip
-    across_channels, across_positions = (_by(np.sqrt(np.maximum(0.0, v)), mean.mean()) for v in along)
-    return across_channels, across_positions
+    over_positions = float(columns.prod(0).sum()) / (p - 1) - left / c if p > 1 else np.nan
+    return _root(_over_channels(halves, shape), mean.mean()), _root(over_positions, mean.mean())
+
+
+def _over_channels(halves: Array, shape: Sequence[int]) -> float:
+    """The variance of a_c: the mean covariance of channels' means over one half of the images and one outer third of
+    space with those over the other half and the opposite third, along each axis of `shape` (P,); unbiased where the
+    rest is alike no further than a third of space.
+    """
+    maps, products = halves.reshape(*halves.shape[:2], *shape), list[float]()
+    for axis, length in enumerate(shape, start=2):
+        if length > 1:
+            third = max(1, round(length / 3))
+            ends = [maps.take(range(*span), axis).reshape(*maps.shape[:2], -1).mean(2)
+                    for span in ((third,), (length - third, length))]  # fmt: skip
+            products += [_covariance(ends[0][0], ends[1][1]), _covariance(ends[0][1], ends[1][0])]
+    alone = halves.mean(2)
+    return float(np.mean(products)) if products else _covariance(alone[0], alone[1])
+
+
+def _covariance(one: Array, other: Array) -> float:
+    return float((one - one.mean()) @ (other - other.mean())) / (len(one) - 1) if len(one) > 1 else float("nan")
+
+
+def _root(variance: float, mean: float) -> float:
+    return _by(float(np.sign(variance) * np.sqrt(abs(variance))), mean)
 
 
 def _by(value: float, by: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from deme_diffusion.analysis.models import Load
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.vectors import wide
 from deme_diffusion.models.projection import attach, attached
 from deme_diffusion.rng import generator
 
-Load = Callable[[], nn.Module]
-"""Gives a model as it is served: folded, in eval mode, on its device."""
 Vector = dict[str, torch.Tensor]
 Array = npt.NDArray[np.float64]
 NOTHING = 1e-10
 """Share of the squared norms below which a direction is rounding alone."""
+AT_ONCE = 2**20
+"""Entries of a tensor that are held in float64 at a time."""
 
 
 def point_of(module: nn.Module) -> Vector:
@@ -57,8 +58,25 @@ def _check_alike(base: nn.Module, module: nn.Module, name: str) -> None:
 
 def inner(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
     """<one, other>, summed in float64."""
-    shared = (key for key in one if key in other)
-    return math.fsum(float(one[key].flatten().double() @ other[key].flatten().double()) for key in shared)
+    return math.fsum(float(a @ b) for key in one if key in other for a, b in _parts(one[key], other[key]))
+
+
+def left_over(vector: Vector, coefficients: Sequence[float], directions: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """|vector - sum_k c_k d_k|, summed in float64 part by part: the difference is never held whole."""
+    squares = []
+    for key in dict.fromkeys(key for one in (vector, *directions) for key in one):
+        held = [(c, d[key]) for c, d in zip((1.0, *(-c for c in coefficients)), (vector, *directions), strict=True)
+                if key in d]  # fmt: skip
+        for parts in _parts(*(tensor for _, tensor in held)):
+            rest = sum(c * part for (c, _), part in zip(held, parts, strict=True))
+            squares.append(float(torch.as_tensor(rest).square().sum()))
+    return math.sqrt(math.fsum(squares))
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one size side by side, flat and in float64, a part at a time."""
+    for parts in zip(*(torch.split(tensor.flatten(), AT_ONCE) for tensor in tensors), strict=True):
+        yield tuple(part.double() for part in parts)
 
 
 def combined(one: Vector, factor: float, other: Mapping[str, torch.Tensor]) -> Vector:
@@ -149,6 +167,7 @@ def leading_directions(base: nn.Module, experts: Sequence[Load], names: Sequence
         vector = task_vector(base, load(), names[k])
         for m, direction in enumerate(directions):
             combined(direction, float(vectors[k, m] / np.sqrt(values[m]) * unit), vector)
+        del vector  # before the next one is made
     coordinates = np.zeros((len(gram), 2))
     coordinates[:, : len(values)] = vectors * np.sqrt(values) / (unit or 1.0)
     shares = [float(value / np.trace(gram)) for value in values]
@@ -177,4 +196,5 @@ def gram_matrix(base: nn.Module, experts: Sequence[Load], names: Sequence[str]) 
             raise UserError(f"{names[i]}: some of its weights are no finite numbers; train it again")
         for j in range(i + 1, len(experts)):
             gram[i, j] = gram[j, i] = inner(vector, task_vector(base, experts[j](), names[j]))
+        del vector  # before the next one is made
     return gram

@@ -1,10 +1,11 @@
-"""Losses on a grid of models, cell by cell: fixed noise, resumable, with a progress bar."""
+"""Numbers on a grid of models, cell by cell: fixed noise, resumable, with a progress bar."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from deme_diffusion.config import AnalyzeSettings
-from deme_diffusion.division import Runs, from_runs, names_of
+from deme_diffusion.analysis.directions import inner
+from deme_diffusion.analysis.paired import Changes, Paired, told
+from deme_diffusion.division import Runs
 from deme_diffusion.files import append_jsonl, read_jsonl
 from deme_diffusion.models.denoiser import Noised
 from deme_diffusion.models.objective import FixedNoise
@@ -25,6 +26,8 @@ from deme_diffusion.models.objective import FixedNoise
 log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float64]
 CELLS = "cells.jsonl"
+LOGGED_EVERY = 30.0
+"""Seconds between two lines of a progress bar where stderr is no terminal, but a log."""
 HELD_BYTES = 2**30
 """Most memory for noised batches that are made once, and held by the CPU, rather than anew for each cell."""
 
@@ -42,15 +45,15 @@ class Grid:
         every = [(i, j) for i in range(len(self.a)) for j in range(len(self.b))]
         return sorted(every, key=lambda cell: (self.a[cell[0]] ** 2 + self.b[cell[1]] ** 2, cell))
 
-    def losses(
+    def rows(
         self,
-        losses_at: Callable[[float, float], Sequence[float]],
+        row_at: Callable[[float, float], Sequence[float]],
         partial: Path,
         *,
         title: str,
         header: Mapping[str, Any],
     ) -> Array:
-        """The losses of each range in every cell, (R, len(a), len(b)); NaN where one is not finite, which is told.
+        """A row of K numbers in every cell, (len(a), len(b), K); NaN where one is not finite, which is told.
 
         Cells go to a journal in the folder `partial` as they are done, those that it holds under the same `header` are
         not computed again.
@@ -58,21 +61,28 @@ class Grid:
         journal = partial / CELLS
         done = self._begun(journal, header)
         missing = [cell for cell in self.cells if cell not in done]
-        bar = tqdm(missing, title, len(self.cells), initial=len(done), unit="cell", position=_line())
+        seconds = 0.1 if sys.stderr.isatty() else LOGGED_EVERY
+        bar = tqdm(missing, title, len(self.cells), initial=len(done), unit="cell", position=_line(),
+                   mininterval=seconds, maxinterval=max(seconds, 10.0))  # fmt: skip
         for i, j in bar:
-            done[i, j] = [plain(loss) for loss in losses_at(float(self.a[i]), float(self.b[j]))]
-            append_jsonl(journal, {"cell": [i, j], "losses": done[i, j]})
-        losses = np.array([[done[i, j] for j in range(len(self.b))] for i in range(len(self.a))], np.float64)
-        if bad := int(np.isnan(losses).any(axis=2).sum()):
+            done[i, j] = [plain(value) for value in row_at(float(self.a[i]), float(self.b[j]))]
+            append_jsonl(journal, {"cell": [i, j], "row": done[i, j]})
+        rows = np.array([[done[i, j] for j in range(len(self.b))] for i in range(len(self.a))], np.float64)
+        if bad := int(np.isnan(rows).any(axis=2).sum()):
             log.warning("%s: the loss of %d of %d cells is no number", title, bad, len(self.cells))
-        return np.moveaxis(losses, 2, 0)
+        return rows
+
+    def lowest(self, values: Array) -> tuple[int, int] | None:
+        """The cell of the least value (len(a), len(b)), of equal ones the nearest to (0, 0); None where all are NaN."""
+        finite = [cell for cell in self.cells if np.isfinite(values[cell])]
+        return min(finite, key=lambda cell: float(values[cell])) if finite else None
 
     def _begun(self, journal: Path, header: Mapping[str, Any]) -> dict[tuple[int, int], list[float | None]]:
         """The cells of an interrupted stage; a journal of other cells or noise begins anew."""
         expected = {**header, "a": self.a.tolist(), "b": self.b.tolist()}
         first, *records = read_jsonl(journal) or [{}]
         if first == expected:
-            return {(record["cell"][0], record["cell"][1]): record["losses"] for record in records}
+            return {(record["cell"][0], record["cell"][1]): record["row"] for record in records}
         if first:
             log.warning("%s: of other settings; it begins anew", journal)
         journal.unlink(missing_ok=True)
@@ -120,29 +130,25 @@ def _to(noised: Noised, device: torch.device) -> Noised:
     return replace(noised, x_t=x_t, t=t, target=target, condition=condition)
 
 
-def losses_of(noise: FixedNoise, module: nn.Module) -> list[float]:
-    """Losses of one module over [0, T), then in each range."""
-    losses = noise.losses(module)
-    return [noise.overall(losses), *losses]
+def least(changes: Changes, row: int, grid: Grid) -> dict[str, Any] | None:
+    """The least loss of a grid over [0, T) (row 0) or in a range: where, its change from the base's, and `tested`, the
+    change with its standard error where the cell is picked on one half of the images and judged on the other.
+
+    The first is the least of many noisy numbers, the second is not. None where no cell has a finite loss.
+    """
+    if (cell := grid.lowest(changes.losses[row])) is None:
+        return None
+    picked = [grid.lowest(changes.half(half, row)) for half in (0, 1)]
+    tested = told(*changes.tested([one for one in picked if one], row)) if all(picked) else told(np.nan, np.nan)
+    at = {"loss": float(changes.losses[row][cell]), "a": float(grid.a[cell[0]]), "b": float(grid.b[cell[1]])}
+    return {**at, "change": plain(float(changes.change[row][cell])), "tested": tested}
 
 
-def overall(noise: FixedNoise, losses: Array) -> Array:
-    """(R, ...) losses of the ranges -> over [0, T), each weighted by its timesteps."""
-    sizes = [len(from_runs(runs)) for runs in noise.ranges]
-    return np.asarray(np.tensordot(np.array(sizes, np.float64), losses, axes=1) / sum(sizes))
-
-
-def protocol(noise: FixedNoise, settings: AnalyzeSettings) -> dict[str, Any]:
-    """What losses are taken on, as figures tell it."""
-    return {
-        "split": settings.split,
-        "num_images": noise.num_images,
-        "draws": noise.settings.draws,
-        "seed": noise.settings.seed,
-        "T": noise.denoiser.num_train_timesteps,
-        "ranges": [*names_of(noise.ranges)],
-        "points": noise.num_images * noise.settings.draws * len(noise.ranges),
-    }
+def identity(paired: Paired, directions: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """What a journal's cells are around: the base's losses and the directions' inner products, to six digits."""
+    gram = [inner(one, other) for k, one in enumerate(directions) for other in directions[: k + 1]]
+    numbers = {"base": paired.base.mean(1).tolist(), "gram": gram}
+    return {name: [plain(float(f"{value:.5e}")) for value in values] for name, values in numbers.items()}
 
 
 def plain(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,15 @@ import numpy.typing as npt
 from torch import nn
 
 from deme_diffusion.analysis.directions import Shell, Vector, leading_directions, random_direction
-from deme_diffusion.analysis.grid import Grid, held, overall, plain, protocol
+from deme_diffusion.analysis.grid import Grid, held, identity, least, plain
+from deme_diffusion.analysis.models import Load, protocol
+from deme_diffusion.analysis.paired import Changes, Paired
 from deme_diffusion.config import AnalyzeSettings
+from deme_diffusion.config.analysis import RADII
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
 
-Load = Callable[[], nn.Module]
-"""Gives a model as it is served: folded, in eval mode, on its device."""
 Array = npt.NDArray[np.float64]
-RADII = {"random": 0.25, "task_vectors": 1.5}
-"""Where the settings name no radius: a quarter of each filter's length; the task vectors and somewhat beyond."""
 
 
 def write_landscape(
@@ -34,7 +33,8 @@ def write_landscape(
     partial: Path,
 ) -> dict[str, Any]:
     """Leave a figure's data: `loss` (R, P, P) of each range at base + a d_1 + b d_2, `overall` (P, P) over all of them,
-    axes `a` (P,) and `b` (P,), which is 0 alone where one task vector gives one direction.
+    `error` (1 + R, P, P), standard errors of the change from the base, and axes `a` (P,) and `b` (P,), which is 0 alone
+    where one task vector gives one direction.
 
     With directions of task vectors also where these lie along them, `coordinates` (N, 2). Goes on from what is in the
     folder `partial`. Returns: the numbers of all timesteps, as `told` gives them.
@@ -42,16 +42,18 @@ def write_landscape(
     directions, facts, arrays = _directions(base, experts, settings, names)
     radius = settings.landscape_radius or RADII[settings.directions]
     axes = [axis(radius, settings.landscape_points) if k < len(directions) else np.zeros(1) for k in range(2)]
-    shell, points, grid = Shell(base, directions), held(noise), Grid(*axes)
-    header = {"directions": settings.directions, **protocol(noise, settings)}
-    loss = grid.losses(
-        lambda a, b: points.losses(shell.at(*(a, b)[: len(directions)])), partial, title="landscape", header=header
+    on, paired = protocol(noise, settings), Paired.of(held(noise), base)
+    shell, grid = Shell(base, directions), Grid(*axes)
+    header = {"directions": settings.directions, **on, **identity(paired, directions)}
+    rows = grid.rows(
+        lambda a, b: paired.row(shell.at(*(a, b)[: len(directions)])), partial, title="landscape", header=header
     )
-    total = overall(noise, loss)
-    rows = [told(one, grid) for one in (total, *loss)]
-    meta = {"experts": list(names), "radius": radius, "protocol": protocol(noise, settings), **facts, "told": rows}
-    write_figure(path, "landscape", meta, loss=loss, overall=total, a=grid.a, b=grid.b, **arrays)
-    return rows[0]
+    changes = paired.changes(rows)
+    numbers = [told(changes, row, grid) for row in range(len(changes.losses))]
+    meta = {"experts": list(names), "radius": radius, "protocol": on, **facts, "told": numbers}
+    arrays |= {"loss": changes.losses[1:], "overall": changes.losses[0], "error": changes.error}
+    write_figure(path, "landscape", meta, a=grid.a, b=grid.b, **arrays)
+    return numbers[0]
 
 
 def axis(radius: float, points: int) -> Array:
@@ -60,19 +62,21 @@ def axis(radius: float, points: int) -> Array:
     return radius * np.arange(-half, half + 1) / max(half, 1)
 
 
-def told(loss: Array, grid: Grid) -> dict[str, Any]:
-    """What a landscape (P, Q) says in numbers; null where a loss that it needs is not finite.
+def told(changes: Changes, row: int, grid: Grid) -> dict[str, Any]:
+    """What a landscape says in numbers, over [0, T) (row 0) or in a range; null where a loss is not finite.
 
     `base`: the loss in the middle. `rise`: the mean loss on the border relative to it, less 1. `curvature`: the mean
     second derivative along the axes in the middle, relative to the base's loss, per squared unit of the axes. `least`:
-    the least loss of the grid, and the cell's coordinates.
+    the least loss of the grid (`grid.least`).
     """
+    loss = changes.losses[row]
     i, j = len(grid.a) // 2, len(grid.b) // 2
     base = float(loss[i, j])
     lines = [(loss[:, j], i, grid.a), (loss[i], j, grid.b)]
     bends = [_second_difference(line, at, along) / base for line, at, along in lines if len(along) > 1]
     rise = float(loss[border(loss)].mean()) / base - 1
-    return {"base": plain(base), "rise": plain(rise), "curvature": plain(_mean(bends)), "least": least(loss, grid)}
+    numbers = {"base": plain(base), "rise": plain(rise), "curvature": plain(_mean(bends))}
+    return {**numbers, "least": least(changes, row, grid)}
 
 
 def _second_difference(line: Array, at: int, along: Array) -> float:
@@ -91,14 +95,6 @@ def border(loss: Array) -> npt.NDArray[np.bool_]:
     if loss.shape[1] > 1:
         edge[:, [0, -1]] = True
     return edge if edge.any() else ~edge
-
-
-def least(loss: Array, grid: Grid) -> dict[str, float] | None:
-    """The least loss of a grid and where it is; None where none is finite."""
-    if np.isnan(loss).all():
-        return None
-    i, j = np.unravel_index(int(np.nanargmin(loss)), loss.shape)
-    return {"loss": float(loss[i, j]), "a": float(grid.a[i]), "b": float(grid.b[j])}
 
 
 def _directions(

@@ -1,10 +1,10 @@
-"""Training loss on the plane of two task vectors (Fig. 6a)."""
+"""Loss on the plane of two task vectors (Fig. 6a)."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from deme_diffusion.analysis.directions import NOTHING, Shell, Vector, combined, inner, task_vector
-from deme_diffusion.analysis.grid import Grid, held, losses_of, overall, plain, protocol
-from deme_diffusion.analysis.landscape import least
+from deme_diffusion.analysis.directions import NOTHING, Shell, Vector, combined, inner, left_over, task_vector
+from deme_diffusion.analysis.grid import Grid, held, identity, least, plain
+from deme_diffusion.analysis.models import Load, protocol
+from deme_diffusion.analysis.paired import Paired, told
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
 
-Load = Callable[[], nn.Module]
-"""Gives a model as it is served: folded, in eval mode, on its device."""
 Array = npt.NDArray[np.float64]
 log = logging.getLogger(__name__)
 FROM, TO = -0.2, 1.2
@@ -41,26 +40,28 @@ def write_plane(
     partial: Path,
 ) -> dict[str, Any]:
     """Leave a figure's data: `loss` (R, P, P) of each range at base + x u + y v, `overall` (P, P) over all of them,
-    axes `x` (P,) and `y` (P,), with u = tau_i and v the part of tau_j orthogonal to it.
+    `error` (1 + R, P, P), standard errors of the change from the base, and axes `x` (P,) and `y` (P,), with u = tau_i
+    and v the part of tau_j orthogonal to it.
 
     Where one task vector, or two of one direction, span no plane, an axis is 0 alone. `meta.marks` tells where base,
     experts and merged model stand: their coordinates, their distance from the plane relative to the length of their
-    task vector, and their own losses. Goes on from what is in the folder `partial`. Returns: the losses over all
-    timesteps of base, merged model and the grid's optimum, and where that is.
+    task vector, their own losses, and their change from the base's with its standard error. Goes on from what is in the
+    folder `partial`. Returns: the losses over all timesteps of base and merged model, and the grid's optimum.
     """
-    plane = Plane.of(base, experts, pair, names)
-    points = held(noise)
-    marks = [_mark("base", "base", None, (0.0, 0.0, 0.0), losses_of(points, base))]
-    marks += _marks(plane, base, experts, merged, names, points)
-    grid, header = Grid(*plane.axes(settings.plane_points)), {"pair": list(pair), **protocol(noise, settings)}
-    shell = Shell(base, plane.directions)
-    loss = grid.losses(lambda x, y: points.losses(shell.at(*plane.along(x, y))), partial, title="plane", header=header)
-    total = overall(noise, loss)
-    best = least(total, grid)
-    optimum = best and {"loss": best["loss"], "x": best["a"], "y": best["b"]}
+    on, plane = protocol(noise, settings), Plane.of(base, experts, pair, names)
+    paired = Paired.of(held(noise), base)
+    marks = [_mark("base", "base", None, (0.0, 0.0, 0.0), paired, base)]
+    marks += _marks(plane, base, experts, merged, names, paired)
+    header = {"pair": list(pair), **on, **identity(paired, plane.directions)}
+    grid, shell = Grid(*plane.axes(settings.plane_points)), Shell(base, plane.directions)
+    rows = grid.rows(lambda x, y: paired.row(shell.at(*plane.along(x, y))), partial, title="plane", header=header)
+    changes = paired.changes(rows)
+    best = least(changes, 0, grid)
+    optimum = best and {"x": best.pop("a"), "y": best.pop("b"), **best}
     facts = {"pair": list(pair), "lengths": list(plane.lengths), "cosine": plane.cosine, "optimum": optimum}
-    meta = {"experts": list(names), "protocol": protocol(noise, settings), **facts, "marks": marks}
-    write_figure(path, "plane", meta, loss=loss, overall=total, x=grid.a, y=grid.b)
+    meta = {"experts": list(names), "protocol": on, **facts, "marks": marks}
+    loss, overall = changes.losses[1:], changes.losses[0]
+    write_figure(path, "plane", meta, loss=loss, overall=overall, error=changes.error, x=grid.a, y=grid.b)
     true = {mark["role"]: mark["losses"][0] for mark in marks if mark["role"] != "expert"}
     return {**true, "optimum": optimum}
 
@@ -109,13 +110,12 @@ class Plane:
 
     def project(self, vector: Vector) -> tuple[float, float, float]:
         """(x, y, distance from the plane relative to the vector's length) of base + vector."""
-        own, rest = math.sqrt(inner(vector, vector)), dict(vector)
-        found = [0.0, 0.0]
-        for k, (direction, length) in enumerate(zip((self.u, self.v), self.lengths, strict=True)):
-            if length:
-                found[k] = inner(vector, direction) / length**2
-                rest = {key: rest[key] - found[k] * direction[key] if key in direction else rest[key] for key in rest}
-        return found[0], found[1], math.sqrt(inner(rest, rest)) / own if own else 0.0
+        x, y = (
+            inner(vector, direction) / length**2 if length else 0.0
+            for direction, length in zip((self.u, self.v), self.lengths, strict=True)
+        )
+        own = math.sqrt(inner(vector, vector))
+        return x, y, left_over(vector, self.along(x, y), self.directions) / own if own else 0.0
 
 
 def _marks(
@@ -124,21 +124,23 @@ def _marks(
     experts: Sequence[Load],
     merged: Load | None,
     names: Sequence[str],
-    noise: FixedNoise,
+    paired: Paired,
 ) -> Iterator[dict[str, Any]]:
     """Experts and merged model, loaded one after another."""
     models = [("expert", k, name, load) for k, (name, load) in enumerate(zip(names, experts, strict=True))]
     for role, index, name, load in [*models, *([("merged", None, "merged", merged)] if merged else [])]:
         module = load()
-        yield _mark(role, name, index, plane.project(task_vector(base, module, name)), losses_of(noise, module))
+        yield _mark(role, name, index, plane.project(task_vector(base, module, name)), paired, module)
 
 
 def _mark(
-    role: str, name: str, index: int | None, at: tuple[float, float, float], losses: Sequence[float]
+    role: str, name: str, index: int | None, at: tuple[float, float, float], paired: Paired, module: nn.Module
 ) -> dict[str, Any]:
     """One model: `losses` over [0, T), then of each range, at the model itself; null for what is no number."""
     place = {name: plain(value) for name, value in zip(("x", "y", "distance"), at, strict=True)}
-    return {"role": role, "name": name, "index": index, **place, "losses": [plain(loss) for loss in losses]}
+    own = paired.changes(np.array(paired.row(module)))
+    numbers = told(float(own.change[0]), float(own.error[0]))
+    return {"role": role, "name": name, "index": index, **place, "losses": [*map(plain, own.losses)], **numbers}
 
 
 def _finite(square: float) -> float:

@@ -1,14 +1,16 @@
 """Do timesteps agree? Cosine similarities of the pretrained model's gradients over bins of timesteps (Fig. 1a).
 
 The gradient of a bin is that of the denoising loss (Eq. 2) on some images of the train split. All bins see the same
-images and noise: only t differs. Gradients are not kept but sketched (`sketch`), and the sketches lie in a file: memory
-is that of one gradient, whatever the number of bins.
+images and noise: only t differs. So cosines are what a batch of training would see, and larger than the expected
+gradients': of those speak the products of gradients on different groups of the images. Gradients are not kept but
+sketched (`sketch`), and the sketches lie in a file: memory is that of one gradient, whatever the number of bins.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from deme_diffusion.analysis.sketch import Array, Matrix, Sketches, sketch_into
+from deme_diffusion.analysis.sketch import Matrix, Sketches, sketch_into
 from deme_diffusion.config import SimilaritySettings
 from deme_diffusion.data.splits import Split
 from deme_diffusion.decoupling.switches import checkpoint_gradients
@@ -35,6 +37,9 @@ from deme_diffusion.rng import image_at, normals, uniforms
 
 log = logging.getLogger(__name__)
 Timesteps = npt.NDArray[np.int64]
+Vector = npt.NDArray[np.float64]
+GROUPS = 8
+"""Of the images, each with images, noise and timesteps of its own: what they agree about is no noise."""
 MOST_AT_ONCE = 16
 """Samples in a forward pass, which is in float32 whatever a training computes in: more would be no faster."""
 SAVE_SECONDS = 10.0
@@ -54,11 +59,12 @@ def write_similarity(
 ) -> dict[str, float]:
     """Leave the figure `similarity` of a subset's timesteps (None: all) in K bins, `bins` or as many as they are.
 
-    Arrays: `cosine` (K, K), `edges` (K + 1,) of the bins, `norms` (K,) of the gradients, `agreement` (K,) between the
-    gradients of two halves of the images, `sketch`, `error`; meta: what they were taken on, and what follows. Goes on
-    from what is in the folder `partial`. A batch of at most `MOST_AT_ONCE`, and activations that are computed anew
-    (`checkpointing`), save memory and change results by rounding alone. Returns: of `shares`; the median `agreement`;
-    and `error`, the standard deviation of a cosine near 0, which is 0 where the sketch is as large as the model.
+    Arrays: `cosine` (K, K), `edges` (K + 1,) of the bins, `norms` (K,) of the gradients; `cross` (K, K), the mean inner
+    products of gradients on two different groups of the images, over those norms: unbiased for the expected gradients;
+    `cross_error` (K,), the standard error of its diagonal; `sketch`, `error`; meta: what they were taken on, and what
+    follows. Goes on from what is in the folder `partial`. A batch of at most `MOST_AT_ONCE`, and activations that are
+    computed anew (`checkpointing`), save memory and change results by rounding alone. Returns: `summary`. Raises
+    UserError where a gradient is not finite.
     """
     timesteps = _timesteps(subset, denoiser.num_train_timesteps)
     edges = bins_of(len(timesteps), settings.bins)
@@ -67,35 +73,38 @@ def write_similarity(
     if checkpointing:
         checkpoint_gradients(module)
     gradients = Gradients(denoiser, module, split, settings, min(batch_size, MOST_AT_ONCE))
-    size = min(settings.sketch, gradients.count)
-    error = 0.0 if gradients.count <= settings.sketch else size**-0.5
+    header = _protocol(gradients, timesteps)
     with nullcontext(partial) if partial else tempfile.TemporaryDirectory() as folder:
-        sketches = Sketches(Path(folder), len(bins), size)
+        sketches = Sketches(Path(folder), len(bins), gradients.groups, header["sketch"], header)
         gradients.fill(sketches, bins)
-        halves = [shares(sketches.cosines(half), error)["conflicting"] for half in (0, 1) if settings.num_images > 1]
-        cosine = sketches.cosines(0, 1)
-    told = {**shares(cosine, error), "error": error}
-    if halves:
-        told["agreement"] = float(np.median(sketches.agreements))
-    own = to_runs(timesteps)
-    meta: dict[str, Any] = {
+        cosine, cross = sketches.compared()
+    errors = np.array([error for _, error in sketches.squares])
+    told = summary(cosine, cross, errors, 0.0 if header["exact"] else header["sketch"] ** -0.5)
+    edges += timesteps[0] if header["edges"] == "timestep" else 0
+    arrays: dict[str, Any] = {"cosine": cosine, "cross": cross, "cross_error": errors, "edges": edges}
+    arrays |= {"norms": sketches.norms, "sketch": settings.sketch, "error": told["error"]}
+    write_figure(path, "similarity", {**header, **told}, **arrays)
+    return {**told, "num_images": gradients.num_images}
+
+
+def _protocol(gradients: Gradients, timesteps: Timesteps) -> dict[str, Any]:
+    """What the gradients were taken on, in plain values."""
+    own, size = to_runs(timesteps), min(gradients.settings.sketch, gradients.count)
+    return {
         "name": name_of(own),
         "subset": own,
-        "T": denoiser.num_train_timesteps,
+        "T": gradients.denoiser.num_train_timesteps,
         "edges": "timestep" if len(own) == 1 else "position in the subset",
-        "split": split.name,
-        "num_images": settings.num_images,
+        "split": gradients.split.name,
+        "split_images": len(gradients.split),
+        "num_images": gradients.num_images,
+        "groups": len(gradients.groups),
         "batch": gradients.batch_size,
-        "seed": settings.seed,
+        "seed": gradients.settings.seed,
         "parameters": gradients.count,
         "sketch": size,
-        **told,
-        "conflicting_halves": halves,
+        "exact": size == gradients.count,
     }
-    numbers = {"norms": sketches.norms, "agreement": sketches.agreements, "sketch": settings.sketch, "error": error}
-    edges += timesteps[0] if len(own) == 1 else 0
-    write_figure(path, "similarity", meta, cosine=cosine, edges=edges, **numbers)
-    return told
 
 
 def _timesteps(subset: Runs | None, total: int) -> Timesteps:
@@ -112,6 +121,21 @@ def bins_of(count: int, bins: int) -> Timesteps:
     return -(-np.arange(bins + 1, dtype=np.int64) * count // bins)
 
 
+def summary(cosine: Matrix, cross: Matrix, cross_error: Vector, error: float) -> dict[str, float]:
+    """Of `cosine` its `shares`; how many of the `bins` are `determined`; `error` of a cosine near 0 by the sketch.
+
+    A bin is determined where its expected gradient's squared norm is above two standard errors. Of pairs of such bins,
+    where there are any: `expected`, the share whose expected gradients conflict, and its bounds as in `shares`.
+    """
+    squares = np.diagonal(cross)
+    known = squares > 2 * cross_error
+    told = {**shares(cosine, error), "error": error, "bins": len(cosine), "determined": int(np.count_nonzero(known))}
+    if told["determined"] > 1:
+        norms = np.sqrt(squares[known])
+        told |= _below(cross[np.ix_(known, known)] / np.outer(norms, norms), error, "expected")
+    return told
+
+
 def shares(cosine: Matrix, error: float) -> dict[str, float]:
     """Of the pairs of bins: the share that conflicts (cosine below 0) and mean cosines of all and of neighbours.
 
@@ -119,14 +143,18 @@ def shares(cosine: Matrix, error: float) -> dict[str, float]:
     for all that are below 0, `conflicting_most` if for all above.
     """
     bins = len(cosine)
-    pairs = bins * (bins - 1)
-    if not pairs:
+    if bins < 2:
         return {"conflicting": 0.0, "conflicting_least": 0.0, "conflicting_most": 0.0, "mean": 1.0, "neighbours": 1.0}
-    doubt = min(2 * error, 1.0)
-    below = [float(np.count_nonzero(cosine < limit)) / pairs for limit in (0.0, -doubt, doubt)]
-    named = dict(zip(("conflicting", "conflicting_least", "conflicting_most"), below, strict=True))
-    mean = (float(cosine.sum(dtype=np.float64)) - bins) / pairs
-    return {**named, "mean": mean, "neighbours": float(np.diagonal(cosine, 1).mean(dtype=np.float64))}
+    mean = (float(cosine.sum(dtype=np.float64)) - bins) / (bins * (bins - 1))
+    neighbours = float(np.diagonal(cosine, 1).mean(dtype=np.float64))
+    return {**_below(cosine, error, "conflicting"), "mean": mean, "neighbours": neighbours}
+
+
+def _below(cosine: Matrix, error: float, name: str) -> dict[str, float]:
+    """The share of pairs below 0, and its bounds at two errors."""
+    off, doubt = cosine[~np.eye(len(cosine), dtype=bool)], min(2 * error, 1.0)
+    limits = {name: 0.0, f"{name}_least": -doubt, f"{name}_most": doubt}
+    return {told: float(np.count_nonzero(off < limit)) / len(off) for told, limit in limits.items()}
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -151,16 +179,31 @@ class Gradients:
         """Entries of a gradient."""
         return sum(p.numel() for p in self.parameters)
 
-    def points(self, timesteps: Timesteps, first: int, stop: int) -> Iterator[Noised]:
-        """A bin's batches, from one sample to another: images as training sees them, t stratified in the bin."""
-        count, seed = self.settings.num_images, self.settings.seed
+    @property
+    def num_images(self) -> int:
+        """As many as are asked for and the split has: none is seen twice."""
+        return min(self.settings.num_images, len(self.split))
+
+    @property
+    def groups(self) -> list[int]:
+        """Images of each group: they are in as many groups as `GROUPS`, of nearly one size."""
+        count = min(GROUPS, self.num_images)
+        return [self.num_images // count + (i < self.num_images % count) for i in range(count)]
+
+    def points(self, timesteps: Timesteps, group: int) -> Iterator[Noised]:
+        """A bin's batches on one group: images as training sees them, t stratified in the bin, for each group anew.
+
+        So the groups are independent of each other.
+        """
+        seed, size = self.settings.seed, self.groups[group]
         device = next(self.denoiser.module.parameters()).device
-        for start in range(first, stop, self.batch_size):
-            end = min(start + self.batch_size, stop)
+        first = sum(self.groups[:group])
+        for start in range(first, first + size, self.batch_size):
+            end = min(start + self.batch_size, first + size)
             picked = [image_at(seed, index, len(self.split)) for index in range(start, end)]
             images = self.split.training_images(picked, seed=seed, purpose="similarity", step=0, first=start)
-            u = uniforms(seed, "similarity-t", 0, start, end - start)[:, 0] + strata(count)[start:end]
-            t = torch.from_numpy(self.denoiser.timesteps(timesteps, u / count))
+            u = uniforms(seed, "similarity-t", 0, start, end - start)[:, 0] + np.arange(start, end) - first
+            t = torch.from_numpy(self.denoiser.timesteps(timesteps, u / size))
             noise = torch.from_numpy(normals(seed, "similarity-noise", 0, start, len(picked), tuple(images.shape[1:])))
             yield self.denoiser.noised({"image": images.to(device)}, t.to(device), noise.to(device))
 
@@ -174,32 +217,43 @@ class Gradients:
                 if found is not None:
                     held += found
 
-    def halves(self, timesteps: Timesteps, size: int) -> tuple[Array, float]:
-        """(2, size) sketches of a bin's gradient on each half of the images, and the norm of the mean over all."""
-        count = self.settings.num_images
-        middle = (count + 1) // 2
+    def put(self, sketches: Sketches, timesteps: Timesteps) -> None:
+        """The next bin. A sketch is linear: a group's is what it adds to that of the groups before."""
         total = [torch.zeros_like(p) for p in self.parameters]
-        halves, norm = np.zeros((2, size)), 0.0
-        for sketch, first, stop in zip(halves, (0, middle), (middle, count), strict=True):
-            self.add(total, self.points(timesteps, first, stop))
+        before, norm = np.zeros(sketches.shape[2]), 0.0
+        for group in range(len(self.groups)):
+            self.add(total, self.points(timesteps, group))
+            sketch = np.empty_like(before)
             norm = sketch_into(sketch, total, self.settings.seed)
-        halves[1] -= halves[0]  # a sketch is linear, so that memory for a second gradient is saved
-        return halves, norm / count
+            if not math.isfinite(norm):
+                raise UserError(f"similarity: bin {name_of(to_runs(timesteps))}: {self._broken()}")
+            before -= sketch
+            sketches.put(group, np.negative(before, out=before))
+            before = sketch
+        sketches.close_bin(norm / self.num_images)
+
+    def _broken(self) -> str:
+        """Why a gradient is not finite."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+            return "its gradient is not finite, since weights of the model (model.pretrained) are not"
+        return "its gradient is not finite, though the model's weights are: it overflows there, or images are broken"
 
     def fill(self, sketches: Sketches, bins: Sequence[Timesteps]) -> None:
         """Sketch the bins that are not there yet; whatever ends it, those that are done are kept."""
+        if self.num_images < self.settings.num_images:
+            log.warning(
+                "similarity.num_images: %d; all %d images of the %s split are taken, none of them twice",
+                self.settings.num_images,
+                self.num_images,
+                self.split.name,
+            )
         last = time.monotonic()
         try:
             for own in bins[sketches.done :]:
-                sketches.append(*self.halves(own, sketches.shape[2]))
+                self.put(sketches, own)
                 log.info("gradients of %d of %d bins", sketches.done, len(bins))
                 if time.monotonic() - last > SAVE_SECONDS:
                     sketches.save()
                     last = time.monotonic()
         finally:
             sketches.save()
-
-
-def strata(count: int) -> Timesteps:
-    """0, 2, ..., 1, 3, ...: so many strata in an order in which each half of them covers the bin."""
-    return np.concatenate([np.arange(0, count, 2), np.arange(1, count, 2)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from deme_diffusion.analysis.models import Load
 from deme_diffusion.config import AnalyzeSettings, SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.division import Division
@@ -20,8 +21,6 @@ from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.denoiser import Denoiser
 
-Load = Callable[[], nn.Module]
-"""Gives a model as it is served: folded, in eval mode, on its device."""
 Pixels = npt.NDArray[np.uint8]
 STEPS = 12
 """Steps of the trajectory that are kept at most, spread evenly."""
@@ -49,26 +48,15 @@ def write_trajectory(
     timesteps = make_scheduler(denoiser, sampler).timesteps
     chosen = chosen_steps(len(timesteps))
     serving = division.route[denoiser.index(timesteps).cpu().numpy()]
-    seeds, arrays, grids = image_seeds(settings.seed, 0, settings.trajectory_images), dict[str, Pixels](), []
-    with tqdm(total=len(models) * len(seeds), unit="image", desc="samples", disable=None) as progress:
-        for name, load in models.items():
-            followed = _Followed(denoiser, set(chosen))
-            grid = _sampled(denoiser, load(), sampler, seeds, batch_size, followed, progress)
-            arrays |= {f"grid_{name}": grid, f"x_t_{name}": followed.pixels(0), f"x_0_{name}": followed.pixels(1)}
-            grids.append(grid)
-    changed = {name: _difference(grids[0], grid) for name, grid in zip(models, grids, strict=True)}
-    factor = reduction(grids[0].shape[1:3])
-    meta = {
-        "models": list(models),
-        "names": list(names),
-        "sampler": sampler.label,
-        "seed": settings.seed,
-        "num_timesteps": division.num_timesteps,
-        "num_steps": len(timesteps),
-        "size": list(grids[0].shape[1:3]),
-        "reduced_by": factor,
-        "changed": changed,
-    }
+    seeds = image_seeds(settings.seed, 0, settings.trajectory_images)
+    arrays = _sampled_by_all(denoiser, models, sampler, seeds, batch_size, chosen)
+    grids = {name: arrays[f"grid_{name}"] for name in models}
+    before = next(iter(grids.values()))
+    size, changed = before.shape[1:3], {name: _difference(before, grid) for name, grid in grids.items()}
+    factor = reduction(size)
+    drawn = {"models": list(models), "names": list(names), "size": list(size), "reduced_by": factor, "changed": changed}
+    steps = {"num_timesteps": division.num_timesteps, "num_steps": len(timesteps)}
+    meta = {**drawn, **steps, "sampler": sampler.label, "seed": settings.seed}
     write_figure(
         path,
         "trajectory",
@@ -136,6 +124,24 @@ class _Followed:
     def pixels(self, which: int) -> Pixels:
         """(s, h, w, c): x_t (0) or x_0 (1)."""
         return to_pixels(torch.cat([pair[which] for pair in self.kept]))
+
+
+def _sampled_by_all(
+    denoiser: Denoiser,
+    models: Mapping[str, Load],
+    sampler: SamplerSettings,
+    seeds: Sequence[int],
+    batch_size: int,
+    chosen: Sequence[int],
+) -> dict[str, Pixels]:
+    """Grids and ways of all models, loaded one after another."""
+    arrays = dict[str, Pixels]()
+    with tqdm(total=len(models) * len(seeds), unit="image", desc="samples", disable=None) as progress:
+        for name, load in models.items():
+            followed = _Followed(denoiser, set(chosen))
+            arrays[f"grid_{name}"] = _sampled(denoiser, load(), sampler, seeds, batch_size, followed, progress)
+            arrays |= {f"x_t_{name}": followed.pixels(0), f"x_0_{name}": followed.pixels(1)}
+    return arrays
 
 
 def _sampled(

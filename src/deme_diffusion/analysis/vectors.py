@@ -53,12 +53,15 @@ def write_vectors(path: Path, base: Path, experts: Sequence[Path], *, names: Seq
     `relative_norms` (N, blocks): ||tau_i|| / ||theta||, NaN where theta is 0.
 
     In the meta: `layers` in the order of the forward, `blocks` and `of_block` (the block's number of each layer),
-    `levels`, `sampled` (layers of more than `MOST` entries), norms and cosines of the whole model, projections left
-    out. Returns the norms of the whole. Raises UserError for keys that differ, and for entries that are not finite.
+    `levels`, `sampled` (layers of more than `MOST` entries), `folded` (places whose projections are in a weight), norms
+    and cosines of the whole model without others. Returns the norms of the whole. Raises UserError for keys that
+    differ, and for entries that are not finite.
     """
     with closing(Parents(base, experts, method("task_arithmetic"), ())) as parents:
         layers = _layers(parents)
         sizes = {layer: sum(_size(parents, key) for key in keys) for layer, keys in layers.items()}
+        matrices = {place for own in parents.matrices for place in own}
+        folded = sorted(matrices - set(parents.unfolded_places))
         statistics = Statistics(len(experts), sum(sizes.values()))
         rows = list[tuple[Array, Array, float]]()
         for number, (layer, keys) in enumerate(layers.items()):
@@ -75,6 +78,7 @@ def write_vectors(path: Path, base: Path, experts: Sequence[Path], *, names: Seq
         "blocks": blocks,
         "of_block": [blocks.index(block) for block in of],
         "levels": LEVELS,
+        "folded": folded,
         "sampled": [layer for layer, size in sizes.items() if size > MOST],
         "sample": SAMPLE,
         "whole": whole,

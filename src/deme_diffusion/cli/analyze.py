@@ -57,10 +57,13 @@ def analyze(
     if dry_run:
         show.plan(run, [node for name in names for node in run.graph.figure(name)], as_json)
         return
-    run.execute(lambda graph: [node for name in names for node in graph.figure(name)])
+    run.analyze(names)
     if is_main():
         drawn = run.draw(names)
+        run.renew()
         _show(drawn, run.folder, as_json)
+        if run.failure is not None:
+            raise run.failure
         if missing := [name for name in names if name not in {picture["kind"] for picture in drawn}]:
             raise MachineError(f"not drawn: {', '.join(missing)}; their data are in {run.store.root}")
 

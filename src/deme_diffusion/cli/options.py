@@ -24,12 +24,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def opened(
-    recipe: str, overrides: Sequence[str] | None, out: Path | None, jobs: int | None = None, *, dry_run: bool = False
+    recipe: str,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+    jobs: int | None = None,
+    *,
+    dry_run: bool = False,
+    beside: bool = False,
 ) -> Run:
-    """The run that a sub-command speaks of. A dry run never touches the network."""
+    """The run that a sub-command speaks of. A dry run never touches the network; `beside` is as of `open_run`."""
     from deme_diffusion.pipeline.run import open_run
     from deme_diffusion.recipes import load
 
     changes = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]
     command = shlex.join(["deme", *sys.argv[1:]])
-    return open_run(load(recipe, changes), out=out, command=command, download=not dry_run)
+    return open_run(load(recipe, changes), out=out, command=command, download=not dry_run, beside=beside)

@@ -49,7 +49,7 @@ def plan(
     Offline it ranks what the parts table allows and no ablation on disk has done, by measured effect, novelty and
     training steps, and says its reasons. With --model a language model proposes, and each entry is checked.
     """
-    from deme_diffusion.artefacts import PLANS
+    from deme_diffusion.clean_up import PLANS
     from deme_diffusion.planner.offline import propose
     from deme_diffusion.recipes import load
 

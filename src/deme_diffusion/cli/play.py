@@ -19,7 +19,9 @@ def play(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
-    host: Annotated[str, typer.Option(help="Who may reach the page: this machine only, or 0.0.0.0.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Who may reach the page: this machine, or 0.0.0.0: who has the address.")
+    ] = "127.0.0.1",
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     images: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Images beside each other at first.")] = 16,
     out: Out = None,
@@ -29,7 +31,7 @@ def play(
     from deme_diffusion.playground.serving import play as serve
 
     check_installed()
-    run = opened(recipe, overrides, out, dry_run=True)
+    run = opened(recipe, overrides, out, dry_run=True, beside=True)
     words = ["deme", "run", recipe, *(overrides or [])]
 
     def say(address: str) -> None:

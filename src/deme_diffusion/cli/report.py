@@ -27,7 +27,7 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Write the page again and again while the run goes on.")
     ] = False,
-    every: Annotated[int, typer.Option(min=1, help="Seconds between two pages of --watch.")] = EVERY,
+    every: Annotated[int | None, typer.Option(min=1, help=f"Seconds between two pages of --watch.  [{EVERY}]")] = None,
     export: Annotated[
         Path | None, typer.Option(help="Put the merged model with its card into this new folder, ready to upload.")
     ] = None,
@@ -35,6 +35,8 @@ def report(
 ) -> None:
     """Write the table and page of a finished run again, or, of RUN/ablations/PLAN, those of an experiment."""
     _check_page(out)
+    if every is not None and not watch:
+        raise UserError(f"--every {every}: says nothing without --watch")
     asked = [name for name, given in {"--watch": watch, "--export": export, "--out": out}.items() if given]
     if len(runs) > 1:
         _side_by_side(runs, out, [name for name in asked if name != "--out"], as_json)
@@ -42,12 +44,14 @@ def report(
     (named,) = runs
     if watch and (others := [*asked[1:], *(["--json"] if as_json else [])]):
         raise UserError(f"--watch and {others[0]}: the one while the run goes on, the other once it has ended")
+    if export is not None and out is not None:
+        raise UserError("--export and --out: the one is a folder with a card, the other a page; ask for one at a time")
     if _is_experiment(Path(named)):
         _experiment(named, asked, as_json)
         return
     run = _run(named)
     if watch:
-        _watch(run, every)
+        _watch(run, every or EVERY)
         return
     _check_finished(run)
     run.stages = run.recorded()
@@ -56,7 +60,7 @@ def report(
         return
     show.table(run, as_json)
     if out is not None:
-        _page_at(run, out)
+        _page_at(run, out, as_json)
 
 
 def _run(named: str) -> Run:
@@ -67,7 +71,7 @@ def _run(named: str) -> Run:
     path = Path(named)
     if not path.exists() and named not in packaged():
         raise UserError(f"{named}: no such run folder{_nearest(path)}")
-    run = opened(named, None, None, dry_run=True)
+    run = opened(named, None, None, dry_run=True, beside=True)
     if not run.folder.is_dir() and run.folder.parent == RUNS:
         raise UserError(f"{run.folder}: no such run folder{_nearest(run.folder)}; it begins with: deme run {named}")
     if not (run.folder / RUN).is_file():
@@ -120,12 +124,13 @@ def _experiment(named: str, asked: Sequence[str], as_json: bool) -> None:
     say_again(Path(named), as_json)
 
 
-def _page_at(run: Run, out: Path) -> None:
-    """The page in another place as well."""
+def _page_at(run: Run, out: Path, as_json: bool) -> None:
+    """The page in another place as well; nothing is said beside JSON."""
     from deme_diffusion.files import write_text
 
     write_text(out, (run.folder / "report.html").read_text(encoding="utf-8"))
-    show.say(out)
+    if not as_json:
+        show.say(out)
 
 
 def _check_page(out: Path | None) -> None:
@@ -134,11 +139,15 @@ def _check_page(out: Path | None) -> None:
 
 
 def _watch(run: Run, every: int) -> None:
-    from deme_diffusion.pipeline.watching import watch
+    from deme_diffusion.pipeline.watching import STILL, watch
 
     show.say(f"{run.folder / 'report.html'} (Ctrl-C ends the watching, not the run)")
-    final = watch(run, every)
-    show.say("the run has ended: the page is final" if final else "watching ended; the run goes on where it is")
+    said = {
+        "final": "the run has ended: the page is final",
+        "interrupted": "watching ended; the run goes on where it is",
+        "still": f"nothing runs, no stage was at work for {STILL / 60:.0f} min; to go on: deme run {_quoted(run)}",
+    }
+    show.say(said[watch(run, every)])
 
 
 def _side_by_side(names: Sequence[str], out: Path | None, refused: Sequence[str], as_json: bool) -> None:

@@ -40,8 +40,9 @@ def clean(
     runs: Annotated[Path, typer.Option(help="The folder that holds runs and store.")] = Path("runs"),
 ) -> None:
     """Remove stages that no run refers to."""
-    from deme_diffusion.artefacts import Store, referenced
-    from deme_diffusion.artefacts import clean as clean_store
+    from deme_diffusion.artefacts import Store
+    from deme_diffusion.clean_up import clean as clean_store
+    from deme_diffusion.clean_up import referenced
 
     if not runs.is_dir():
         raise UserError(f"{runs}: no such folder")

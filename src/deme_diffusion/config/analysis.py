@@ -12,6 +12,8 @@ from deme_diffusion.config.evaluation import SamplerSettings
 FigureName = Literal["similarity", "activations", "landscape", "plane", "vectors", "trajectory"]
 FIGURES: tuple[FigureName, ...] = ("similarity", "activations", "landscape", "plane", "vectors", "trajectory")
 """The paper's six pictures (METHOD.md section 6), in the order of the page."""
+RADII = {"random": 0.25, "task_vectors": 1.5}
+"""Of a landscape, where the settings name none: a quarter of each filter's length; the task vectors and beyond."""
 
 
 class AnalyzeSettings(Settings):
@@ -22,7 +24,7 @@ class AnalyzeSettings(Settings):
     split: Literal["train", "search"] = Field(
         "train", description="images of losses and activations; the paper's: train"
     )
-    num_images: Positive = Field(256, description="images of the split that losses and activations are taken on")
+    num_images: int = Field(256, ge=2, description="images of the split that losses and activations are taken on")
     draws: Positive = Field(1, description="timesteps of each range that every image is drawn at")
     similarity_within: Literal["whole", "ranges"] | tuple[tuple[int, int], ...] = Field(
         "ranges",
@@ -31,7 +33,7 @@ class AnalyzeSettings(Settings):
     directions: Literal["random", "task_vectors"] = Field(
         "random", description="of the landscape: filter-normalised random ones, or the task vectors' leading ones"
     )
-    landscape_points: Positive = Field(11, description="points of each axis of the landscape; odd, so that 0 is one")
+    landscape_points: int = Field(11, ge=3, description="points of each axis of the landscape; odd, so that 0 is one")
     landscape_radius: float | None = Field(
         None, gt=0.0, description="the axes go from -radius to radius; null: 0.25, or 1.5 along task vectors"
     )

@@ -66,8 +66,12 @@ class FixedNoise:
 
     def losses(self, module: nn.Module) -> list[float]:
         """Mean denoising loss of a module in each range."""
+        return [float(points.mean()) for points in self.points(module)]
+
+    def points(self, module: nn.Module) -> list[torch.Tensor]:
+        """The denoising loss at every point of each range, float64: (draws * num_images,), draw by draw."""
         device = next(module.parameters()).device
-        return [self._loss(module, self.batches(runs, device)) for runs in self.ranges]
+        return [self._points(module, self.batches(runs, device)) for runs in self.ranges]
 
     def overall(self, losses: list[float]) -> float:
         """The loss over all ranges together: each weighted by the timesteps it holds."""
@@ -75,9 +79,9 @@ class FixedNoise:
         return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
     @torch.no_grad()
-    def _loss(self, module: nn.Module, batches: Iterator[Noised]) -> float:
+    def _points(self, module: nn.Module, batches: Iterator[Noised]) -> torch.Tensor:
         losses = [
             denoising_loss(self.denoiser.predict(module, noised.x_t, noised.t, noised.condition), noised.target)
             for noised in batches
         ]
-        return float(torch.cat(losses).double().mean())
+        return torch.cat(losses).double()

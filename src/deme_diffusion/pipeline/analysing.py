@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from deme_diffusion.analysis.activations import write_activations
 from deme_diffusion.analysis.landscape import write_landscape
+from deme_diffusion.analysis.models import Load
 from deme_diffusion.analysis.plane import write_plane
 from deme_diffusion.analysis.similarity import write_similarity
 from deme_diffusion.analysis.trajectory import write_trajectory
@@ -22,8 +21,6 @@ from deme_diffusion.pipeline.figures import figure_sampler, names_of_experts, pl
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import SIMILARITY, Node, Served, figure_file
 from deme_diffusion.pipeline.searching import Searching
-
-Load = Callable[[], nn.Module]
 
 
 class Analysing(Searching):
@@ -43,13 +40,14 @@ class Analysing(Searching):
         )
 
     def _landscape(self, node: Node, folder: Path) -> Mapping[str, Any]:
+        experts = self._loads(node)  # none, nor names, of random directions
         return write_landscape(
             folder / figure_file(node),
             self._figure_noise(self.graph.loss_ranges),
             self.denoiser.module,
-            self._loads(node),
+            experts,
             self.recipe.analyze,
-            names=names_of_experts(self.graph),
+            names=names_of_experts(self.graph) if experts else [],
             partial=folder / WORK,
         )
 
@@ -75,6 +73,7 @@ class Analysing(Searching):
             self._loads(node),
             self._merged_load(node),
             self.recipe.analyze,
+            served=[division.served(i) for i in range(division.num_experts)],
             names=names_of_experts(self.graph),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,36 +34,39 @@ TRAININGS = ("pretrain", "extractor", "decouple")
 """Stages before the first of which `preflight` looks for what would stop the run later."""
 
 
-def run_stages(graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished) -> None:
+def run_stages(
+    graph: Graph, store: Store, nodes: Sequence[Node], *, finished: Finished, spared: Collection[str] = ()
+) -> dict[str, Exception]:
     """Make every stage that is not done, parents first; `finished(node, artefact, reused)` follows each.
 
-    Raises Interrupted when a signal stopped a stage that can go on, and whatever a stage raises.
+    Where one of the digests `spared` fails, all others are made all the same. Returns: label -> error of those.
+    Raises Interrupted when a signal stopped a stage that can go on, and whatever another stage raises.
     """
     if processes.count() == 1:
         with Engine(store, graph.recipe.runtime, finished) as engine:
-            engine.run([(graph, nodes)])
-        return
+            return engine.run([(graph, nodes)], spared)
     from deme_diffusion.pipeline import together
 
     channel = together.joined(graph.recipe.runtime)
     if not processes.is_main():
         together.follow(channel, graph, store)
-        return
+        return {}
     with channel.leading(), Engine(store, graph.recipe.runtime, finished, channel=channel) as engine:
-        engine.run([(graph, nodes)])
+        return engine.run([(graph, nodes)], spared)
 
 
 class Engine:
     """Makes the stages of graphs in one store, by the settings of one runtime; a context, which its processes end with.
 
-    What fails of the first graph ends it all. Of the others it is noted, and what depends on it left: `error_of` tells.
+    What fails of the first graph ends it all, but for stages that are spared. Of these and of the other graphs it is
+    noted, and what depends on it left: `error_of` tells.
     """
 
     def __init__(
         self, store: Store, runtime: RuntimeSettings, finished: Finished, *, channel: Channel | None = None
     ) -> None:
         self.store, self.runtime, self.finished, self.channel = store, runtime, finished, channel
-        self.several, self.essential = False, set[str]()
+        self.several, self.essential, self.spared = False, set[str](), set[str]()
         self.failures: dict[str, Exception] = {}
         self.refused: dict[Graph, Exception] = {}
         self.wanted: dict[str, set[Graph]] = {}
@@ -78,11 +81,15 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.pool.close()
 
-    def run(self, wanted: Wanted) -> None:
-        """Make what is not done: a stage of several graphs once, the longest training first, exclusive ones last."""
+    def run(self, wanted: Wanted, spared: Collection[str] = ()) -> dict[str, Exception]:
+        """Make what is not done: a stage of several graphs once, the longest training first, exclusive ones last.
+
+        Returns: label -> error of the stages with the digests `spared`.
+        """
         if any(graph.recipe.runtime.deterministic for graph, _ in wanted):  # before CUDA starts, here or in a worker
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.several, self.essential = len(wanted) > 1, {node.digest for node in wanted[0][1]}
+        self.several, self.spared = len(wanted) > 1, set(spared)
+        self.essential = {node.digest for node in wanted[0][1]} - self.spared
         self.wanted, self.lost = wanted_by(wanted), set[Graph]()
         for digest in {node.digest for _, nodes in wanted for node in nodes}:
             self.failures.pop(digest, None)  # what failed in an earlier run() is tried again
@@ -95,6 +102,8 @@ class Engine:
         if alone:  # nothing is beside them
             self.pool.close()
             self._make_here(alone)
+        found = {node.label: self.failures.get(node.digest) for _, nodes in wanted for node in nodes}
+        return {label: error for label, error in found.items() if error is not None}
 
     def error_of(self, graph: Graph, nodes: Sequence[Node]) -> Exception | None:
         """Why some stages of a graph could not be made, None where they could."""
@@ -204,7 +213,7 @@ class Engine:
         try:
             future.result()
         except BrokenProcessPool:
-            if not self.several:
+            if not (self.several or self.spared):
                 raise
             self.pool.close()
             if queue.put_back():
@@ -222,9 +231,10 @@ class Engine:
     # -- failing -----------------------------------------------------------------------------------
 
     def _failed(self, graph: Graph, node: Node, error: Exception) -> None:
-        fatal = not self.several or node.digest in self.essential
+        fatal = node.digest in self.essential
         self.failures[node.digest] = self._noted(error, self._said(graph, node), fatal=fatal)
-        self.lost |= self.wanted.get(node.digest, set())
+        if node.digest not in self.spared:
+            self.lost |= self.wanted.get(node.digest, set())
 
     def _noted(self, error: Exception, label: str, *, fatal: bool) -> Exception:
         """The error, logged; raised where it ends everything."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.files import read_jsonl, write_bytes, write_npy
 from deme_diffusion.pipeline import found
 from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.merges import HowToMerge
 from deme_diffusion.pipeline.node import MERGE, Node, figure_file
-from deme_diffusion.provenance import provenance
+from deme_diffusion.provenance import machine_of, made_by
 from deme_diffusion.recipes import to_yaml
 from deme_diffusion.report.ablation_record import check_record
 from deme_diffusion.report.drawing.gallery import FOLDER as FIGURES_FOLDER
@@ -26,6 +30,10 @@ from deme_diffusion.report.tables import Row
 from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
+RUN = "run.json"
+"""In a run folder: `command` of the run, its `stages`, and when it has `finished`."""
+ASKED = "figures_asked"
+"""In `run.json`: figures that were asked for by name."""
 ABLATIONS, RECORD = "ablations", "ablation.json"
 """Where a run folder holds its experiments, and what each of them found."""
 GRID_IMAGES, GRID_WIDTH = 64, 640  # of a grid on disk: how many images, and about how many pixels across
@@ -67,19 +75,24 @@ class Evidence:
             "recipe": self.recipe.name,
             "description": self.recipe.description,
             "demonstration": self.recipe.demonstration,
-            "command": self.command,
+            "command": first_command(held(self.folder)),
+            "rerun": f"deme run {shlex.quote(str(self.folder.absolute()))}",
             "recipe_yaml": to_yaml(self.recipe),
+            "seeds": list(self.recipe.seeds),
             "table": rows,
-            "folder": str(self.folder),
+            "folder": str(self.folder.absolute()),
             "outcome": self.graph.outcome,
             "loss_ranges": self.graph.loss_ranges,
             "stages": [self.entry(node) for node in self._shown()],
             "provenance": self._made_by(),
+            "cost_machine": self._cost_machine(),
             "division": self.graph.division.as_dict(),
             "curves": self._curves(seed),
             "grids": self._grids(seed),
             "base_model": self.graph.base.label,
-            "merged_path": str(self.merged),
+            "base_model_hub": self._hub_name(),
+            "merged_path": str(self.merged.absolute()),
+            "weights_found": self.weights_found(rows) if self._searched() else [],
             "ablations": self._experiments(),
             "figures": figures,
         }  # fmt: skip
@@ -91,11 +104,21 @@ class Evidence:
     def _made_by(self) -> list[dict[str, Any]]:
         """Versions and machines of the stages that are there, not of whoever writes the page."""
         seen = (self.store.glimpse(node.key) for node in self._shown())
-        return [one.manifest["provenance"] for one in seen if one and one.manifest.get("provenance")] or [provenance()]
+        return made_by(one.manifest.get("provenance") for one in seen if one)
+
+    def _cost_machine(self) -> str | None:
+        """The machine that latency and load time were measured on; None where its manifest does not say."""
+        seen = self.store.glimpse(self.graph.cost.key)
+        return machine_of(seen.manifest.get("provenance")) if seen else None
+
+    def _hub_name(self) -> str | None:
+        """The base's name on the hub, where it came from there."""
+        base = self.graph.base
+        return base.label.rpartition("@")[0] if isinstance(base, Input) and base.commit else None
 
     def entry(self, node: Node) -> dict[str, Any]:
         """A stage as the page tells it."""
-        return {"stage": node.stage, "label": node.label, "digest": node.digest, **self.stages.get(node.digest, {})}
+        return {**self.stages.get(node.digest, {}), "stage": node.stage, "label": node.label, "digest": node.digest}
 
     def _shown(self) -> list[Node]:
         """All stages, and of figures that the recipe leaves out those that are there."""
@@ -110,8 +133,8 @@ class Evidence:
 
     def _figures(self) -> list[FigureName]:
         """The recipe's figures, and those that were once asked for beyond them."""
-        made = {entry.get("stage") for entry in self.stages.values()}
-        return [name for name in FIGURES if name in self.graph.figures or name in made]
+        wanted = {*self.recipe.analyze.figures, *figures_asked(held(self.folder))}
+        return self.graph.keyed([name for name in FIGURES if name in wanted])
 
     def draw(self, names: Sequence[FigureName]) -> list[dict[str, Any]]:
         """Draw those of these figures whose data are there; what was drawn already is not drawn again."""
@@ -196,6 +219,50 @@ class Evidence:
             scale = max(1, min(4, GRID_WIDTH // (16 * images.shape[2])))  # of large images, PNG would take seconds
             write_bytes(path.with_suffix(".png"), sample_grid(images, columns=16, scale=scale))
         return grids
+
+
+# -- run.json -------------------------------------------------------------------------------------
+
+
+def held(folder: Path) -> dict[str, Any]:
+    """What the `run.json` of a run folder holds; nothing where it cannot be read."""
+    with suppress(UserError):
+        return read_json(folder / RUN)
+    return {}
+
+
+def figures_asked(record: Mapping[str, Any]) -> list[FigureName]:
+    """The figures that were asked for by name, whatever the recipe has, by a run's `run.json`."""
+    names = record.get(ASKED)
+    return [name for name in FIGURES if name in names] if isinstance(names, list) else []
+
+
+def first_command(record: Mapping[str, Any]) -> str:
+    """How the run was started, by its `run.json`; '' where no `deme run` was, for no other command makes it all."""
+    command = record.get("command")
+    try:
+        words = [word for word in shlex.split(str(command or "")) if not word.startswith("-")]
+    except ValueError:  # quotes that somebody opened and never closed
+        return ""
+    return str(command) if words[:2] == ["deme", "run"] else ""
+
+
+def noted(folder: Path) -> dict[str, dict[str, Any]]:
+    """Seconds and steps of the stages by digest, as `run.json` has them; what names no digest is passed over.
+
+    Raises UserError where there is no such file, or what it says of a stage is no number.
+    """
+    file = folder / RUN
+    stages = read_json(file).get("stages", [])
+    if not isinstance(stages, list):
+        raise UserError(f"{file}: stages is {type(stages).__name__}, where a list of stages is expected")
+    named = [entry for entry in stages if isinstance(entry, dict) and isinstance(entry.get("digest"), str)]
+    for entry, name in ((entry, name) for entry in named for name in ("seconds", "steps") if name in entry):
+        value = entry[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            said = f"{name} of the stage {entry.get('label', entry['digest'])} is {value!r}"
+            raise UserError(f"{file}: {said}; a number is expected; deme run {shlex.quote(str(folder))} writes it anew")
+    return {entry["digest"]: entry for entry in named}
 
 
 def _holds(path: Path, images: Any) -> bool:

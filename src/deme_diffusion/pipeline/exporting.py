@@ -16,10 +16,13 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.files import building, explained, require_space, write_bytes, write_text
 from deme_diffusion.pipeline.evidence import IMAGES
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.recipes import RESOLVED
 from deme_diffusion.report.card import model_card
-from deme_diffusion.report.figures import sample_grid
+from deme_diffusion.report.figures import reduced, sample_grid
 
 CARD, SAMPLES = "README.md", "samples.png"
+COMMAND = f"deme run {RESOLVED}"
+"""How the card says that the model was made: by its recipe, which stands there, wherever the run lies."""
 LINKED = 2**20
 """Bytes from which a file is linked rather than copied: what is smaller, people edit in place."""
 COLUMNS, SHOWN, SIDE, GAP = 8, 64, 128, 24
@@ -50,8 +53,8 @@ def export_merged(run: Run, out: Path) -> Exported:
         shown = _samples(run)
         if shown is not None:
             write_bytes(folder / SAMPLES, shown)
-        card = model_card({**content, "merged_path": f"OWNER/{out.name}"}, samples=SAMPLES if shown else None)
-        write_text(folder / CARD, card)
+        here = {"merged_path": f"OWNER/{out.name}", "command": COMMAND}
+        write_text(folder / CARD, model_card({**content, **here}, samples=SAMPLES if shown else None))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Exported(out, files, linked)
 
@@ -115,11 +118,5 @@ def _samples(run: Run) -> bytes | None:
 
 
 def _grid(images: Any) -> Image.Image:
-    import numpy as np
-
-    high, wide, channels = images.shape[1:]
-    if wide > SIDE:
-        size = (SIDE, max(1, round(SIDE * high / wide)))
-        small = [Image.fromarray(one.squeeze()).resize(size, Image.Resampling.LANCZOS) for one in images]
-        images = np.stack([np.array(one).reshape(size[1], size[0], channels) for one in small])
-    return Image.open(io.BytesIO(sample_grid(images, COLUMNS, scale=max(1, SIDE // (2 * images.shape[2])))))
+    small = reduced(images, SIDE) if images.shape[2] > SIDE else images
+    return Image.open(io.BytesIO(sample_grid(small, COLUMNS, scale=max(1, SIDE // (2 * small.shape[2])))))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_diffusion.config import FIGURES, FigureName, Recipe, SamplerSettings
+from deme_diffusion.config.analysis import RADII
 from deme_diffusion.division import Runs, from_runs, name_of, whole
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.pipeline import elsewhere
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 SHAPING: Mapping[FigureName, Sequence[str]] = {
     "similarity": (),  # by the section `similarity`
     "activations": ("split", "num_images", "draws"),
-    "landscape": ("split", "num_images", "draws", "directions", "landscape_points", "landscape_radius"),
+    "landscape": ("split", "num_images", "draws", "directions", "landscape_points"),
     "plane": ("split", "num_images", "draws", "plane_points"),
     "vectors": (),
     "trajectory": ("trajectory_images",),
@@ -41,9 +43,13 @@ def named(names: Sequence[str] | None, recipe: Recipe) -> list[FigureName]:
 
 def overrides_for(experts: Sequence[str | Path] | None, merged: str | Path | None) -> list[str]:
     """The KEY=VALUE overrides that name models trained elsewhere."""
+    for option, folder in [*(("--expert", folder) for folder in experts or ()), ("--merged", merged)]:
+        if folder is not None and not str(folder).strip():
+            raise UserError(f"{option} {str(folder)!r}: empty; {elsewhere.EXPECTED}")
     folders = [str(Path(folder).expanduser().absolute()) for folder in experts or ()]
-    found = [f"analyze.experts={json.dumps(folders)}"] if folders else []
-    return found + ([f"analyze.merged={json.dumps(str(Path(merged).expanduser().absolute()))}"] if merged else [])
+    found = [f"analyze.experts={json.dumps(folders, ensure_ascii=False)}"] if folders else []
+    there = None if merged is None else json.dumps(str(Path(merged).expanduser().absolute()), ensure_ascii=False)
+    return found if there is None else [*found, f"analyze.merged={there}"]
 
 
 def experts_of(graph: Graph) -> list[Node | Input]:
@@ -69,7 +75,8 @@ def stages(graph: Graph, name: FigureName) -> list[Node]:
     """The stages that give the data of one figure; only the similarity of gradients has several. New ones come into
     the graph."""
     if name == "similarity":
-        return [graph.similarity_within(subset) for subset in similarity_subsets(graph)]
+        found = [graph.similarity_within(subset) for subset in similarity_subsets(graph)]
+        return list(dict.fromkeys(found))
     return [MAKERS[name](graph)]
 
 
@@ -92,17 +99,17 @@ def similarity_subsets(graph: Graph) -> list[Runs]:
 
 def _landscape(graph: Graph) -> Node:
     along = graph.recipe.analyze.directions == "task_vectors"
-    covered = {"ranges": graph.loss_ranges, **(graph.waiting() if along else graph.waiting_for_ranges())}
+    covered = {"ranges": graph.loss_ranges, **(_named_by(graph) if along else graph.waiting_for_ranges())}
+    radius = graph.recipe.analyze.landscape_radius
+    covered |= {} if radius in (None, RADII[graph.recipe.analyze.directions]) else {"landscape_radius": radius}
     parents = _data(graph) | (_experts(graph) if along else {})
     return _stage(graph, "landscape", "loss landscape", covered, parents)
 
 
 def _plane(graph: Graph) -> Node:
-    settings, experts = graph.recipe.analyze, graph.recipe.decouple.num_ranges
-    pair = plane_experts(graph)
-    covered = {"ranges": graph.loss_ranges, **graph.waiting()} | (
-        {"experts": list(pair)} if settings.plane_experts else {}
-    )
+    experts, pair = graph.recipe.decouple.num_ranges, plane_experts(graph)
+    covered = {"ranges": graph.loss_ranges, **_named_by(graph)}
+    covered |= {} if pair == (0, experts - 1) else {"experts": list(pair)}
     label = (
         f"loss on the plane of task vectors {pair[0]} and {pair[1]}" if experts > 1 else "loss along the task vector"
     )
@@ -119,20 +126,22 @@ def plane_experts(graph: Graph) -> tuple[int, int]:
 
 
 def _activations(graph: Graph) -> Node:
-    covered = {"subsets": [graph.division.subset(i) for i in range(graph.division.num_experts)], **graph.waiting()}
+    covered, division = {"subsets": _subsets(graph), **graph.waiting()}, graph.division
+    if any(division.served(i) != division.subset(i) for i in range(division.num_experts)):
+        covered |= {"route": division.as_dict()["route"]}
     parents = _data(graph) | _experts(graph) | _merged(graph)
     return _stage(graph, "activations", "activation differences", covered, parents)
 
 
 def _vectors(graph: Graph) -> Node:
-    return _stage(
-        graph, "vectors", "entries of the task vectors", graph.waiting(), {"base": graph.base, **_experts(graph)}
-    )
+    parents = {"base": graph.base, **_experts(graph)}
+    return _stage(graph, "vectors", "entries of the task vectors", _named_by(graph), parents)
 
 
 def _trajectory(graph: Graph) -> Node:
     sampler = figure_sampler(graph)
-    covered = {"sampler": sampler.changed(), "route": graph.division.as_dict()["route"], **graph.waiting()}
+    check_sampler(sampler, graph.division.num_timesteps, key="analyze.sampler")
+    covered = {"sampler": sampler.changed(), "route": graph.division.as_dict()["route"], **_named_by(graph)}
     parents: dict[str, Node | Input] = {"base": graph.base, **_experts(graph), **_merged(graph)}
     images = graph.recipe.analyze.trajectory_images
     work = len([name for name in parents if name in ("base", "merged")]) + 1  # and the ensemble
@@ -181,6 +190,15 @@ def _merged(graph: Graph) -> dict[str, Node | Input]:
     return {} if merged is None else {"merged": merged}
 
 
+def _subsets(graph: Graph) -> list[Runs]:
+    return [graph.division.subset(i) for i in range(graph.division.num_experts)]
+
+
+def _named_by(graph: Graph) -> dict[str, Any]:
+    """What names experts that were trained elsewhere; a training of ours has its subset in its own key."""
+    return graph.waiting() | ({} if graph.recipe.analyze.experts is None else {"subsets": _subsets(graph)})
+
+
 def names_of_experts(graph: Graph) -> list[str]:
     """How figures name the experts: by number and subset."""
-    return [f"expert {i} {name_of(graph.division.subset(i))}" for i in range(graph.division.num_experts)]
+    return [f"expert {i} {name_of(subset)}" for i, subset in enumerate(_subsets(graph))]

@@ -80,12 +80,25 @@ def of_stage(store: Store, node: Node) -> dict[str, Any]:
 def line_of(found: Found) -> str:
     """The same for people."""
     if "conflicting" in found:
-        means = f"mean cosine {found['mean']:.3f}, of neighbours {found['neighbours']:.3f}"
-        return f"{found['file']}: {found['conflicting']:.1%} of pairs conflict; {means}; error {found['error']:.3f}"
+        return _similarity_line(found)
     listed = _listed(MergeWeights(tuple(found["weights"]), found.get("rules", {})))
     if "value" not in found:
         return f"weights {listed} ({found['source']})"
     return f"weights {listed}, by {found['source']}: {found['objective']}: {_from_to(found)}"
+
+
+def _similarity_line(found: Found) -> str:
+    pairs = f"{_share(found, 'conflicting')} of pairs conflict on these {found['num_images']} images and their noise"
+    told = f"{found['determined']} of {found['bins']} bins told from noise"
+    beyond = f"of expected gradients {_share(found, 'expected')} ({told})" if "expected" in found else ""
+    means = f"mean cosine {found['mean']:.3f}, of neighbours {found['neighbours']:.3f}, error {found['error']:.3f}"
+    return f"{found['file']}: {pairs}; {beyond or f'of expected gradients not determined ({told})'}; {means}"
+
+
+def _share(found: Found, name: str) -> str:
+    """A share of pairs, and its bounds where the sketch leaves any."""
+    share, least, most = (found[f"{name}{end}"] for end in ("", "_least", "_most"))
+    return f"{share:.1%}" + (f" ({least:.1%} to {most:.1%})" if least < most else "")
 
 
 def _from_to(found: Found) -> str:

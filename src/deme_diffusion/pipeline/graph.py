@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from deme_diffusion.artefacts import Store
 from deme_diffusion.config import FigureName, Recipe, SamplerSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import Runs, uniform, whole
+from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.pipeline import extractors, figures, images, merges
 from deme_diffusion.pipeline.dividing import check_weightings, inner_edges
@@ -17,6 +19,7 @@ from deme_diffusion.pipeline.models import Models, served_ranges
 from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.report.cells import REAL_IMAGES
 
+log = logging.getLogger(__name__)
 SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
 """Settings of `runtime` that change what serving costs."""
 
@@ -64,6 +67,7 @@ class Graph(Models):
         self._evaluated(Served(REAL_IMAGES, ()), recipe.seeds[0])
         self.cost = self.cost_of(self.served[recipe.seeds[0]])
         self.figures: dict[FigureName, list[Node]] = {}
+        self.unkeyed: dict[FigureName, UserError] = {}
         for name in recipe.analyze.figures if drawn is None else drawn:
             self.figure(name)
 
@@ -72,6 +76,21 @@ class Graph(Models):
         if name not in self.figures:
             self.figures[name] = figures.stages(self, name)
         return self.figures[name]
+
+    def keyed(self, names: Sequence[FigureName]) -> list[FigureName]:
+        """Those of these figures that can be told by their digests; why the others cannot, as where experts that
+        `analyze.experts` names have moved away, is told once."""
+        before = dict(self.unkeyed)
+        for name in names:
+            try:
+                self.figure(name)
+                self.unkeyed.pop(name, None)
+            except UserError as error:
+                self.unkeyed[name] = error
+        if new := [name for name in names if name in self.unkeyed and name not in before]:
+            said = "; ".join(dict.fromkeys(str(self.unkeyed[name]) for name in new))
+            log.warning("not shown of the figures: %s: %s", ", ".join(new), said)
+        return [name for name in names if name not in self.unkeyed]
 
     def add_figure(
         self,
@@ -218,6 +237,13 @@ class Graph(Models):
             edges = {"division": "explicit", "edges": inner_edges(self.division), "similarity_file": None}
             pinned["decouple"] = decouple.model_copy(update=edges)
         return self.recipe.model_copy(update=pinned)
+
+
+def shown(recipe: Recipe, *, store: Store | None, download: bool = False) -> Graph:
+    """The graph of those who compute no figure: those that cannot be told any more are left out (`Graph.keyed`)."""
+    graph = Graph(recipe, download=download, store=store, drawn=())
+    graph.keyed(recipe.analyze.figures)
+    return graph
 
 
 def _model_parents(served: Served, base: Node | Input) -> dict[str, Node | Input]:

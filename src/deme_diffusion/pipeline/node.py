@@ -36,7 +36,7 @@ VERSIONS: dict[StageName, int] = {
     "data": 2,  # splits are shuffled once, max_images is a random choice
     "pretrain": 1,
     "extractor": 1,
-    "similarity": 2,  # what it was taken on beside
+    "similarity": 3,  # groups of images, each stratified in t
     "decouple": 1,
     "fisher": 1,
     "search": 2,  # the value of the base beside
@@ -45,10 +45,10 @@ VERSIONS: dict[StageName, int] = {
     "features": 2,  # logits too; the statistics of real images beside
     "evaluate": 3,  # density, coverage, Inception score
     "cost": 3,  # load time
-    "activations": 1,
-    "landscape": 1,
-    "plane": 1,
-    "vectors": 1,
+    "activations": 2,  # channels compared between two parts of space
+    "landscape": 2,  # standard errors, by image
+    "plane": 2,  # likewise
+    "vectors": 2,  # which projections are folded in
     "trajectory": 1,
 }
 """Raised when a stage's code or defaults change results, so that old artefacts are not taken for new ones."""

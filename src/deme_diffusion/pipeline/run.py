@@ -5,17 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deme_diffusion.artefacts import Artefact, Store
-from deme_diffusion.config import FIGURES, AnalyzeSettings
-from deme_diffusion.errors import Interrupted, MachineError, UserError
+from deme_diffusion.artefacts import Artefact, Store, try_lock
+from deme_diffusion.config import FIGURES, AnalyzeSettings, FigureName
+from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.files import canonical_digest, link, write_json, write_text
 from deme_diffusion.pipeline import table
 from deme_diffusion.pipeline.engine import run_stages
-from deme_diffusion.pipeline.evidence import ABLATIONS, RECORD, Evidence
-from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.evidence import (
+    ABLATIONS,
+    ASKED,
+    RECORD,
+    RUN,
+    Evidence,
+    figures_asked,
+    first_command,
+    held,
+    noted,
+)
+from deme_diffusion.pipeline.graph import Graph, shown
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.processes import is_main
 from deme_diffusion.recipes import RESOLVED, Loaded, load, to_yaml
@@ -23,12 +34,13 @@ from deme_diffusion.report.card import model_card
 from deme_diffusion.report.page import write_page
 from deme_diffusion.report.tables import Row, write_table
 from deme_diffusion.report.verdict import Verdict, verdict
-from deme_diffusion.weight_files import read_json
 
 __all__ = ["ABLATIONS", "ASKED_FOR", "RECORD", "RUN", "RUNS", "STORE", "Run", "is_experiment", "open_run"]
 
 log = logging.getLogger(__name__)
-RUNS, RUN, STORE = Path("runs"), "run.json", "store"
+RUNS, STORE = Path("runs"), "store"
+LOCK, PATIENCE = ".run", 10.0
+"""Held while `run.json` is written, and waited for so many seconds."""
 ASKED_FOR = ("fisher", *FIGURES)
 """Stages that sub-commands make, whether or not the recipe needs them."""
 DRAWN = AnalyzeSettings.model_fields.keys() - {"experts", "merged"}
@@ -39,10 +51,15 @@ Targets = Sequence[Node] | Callable[[Graph], Sequence[Node]]
 class Run(Evidence):
     """An opened run that can go on: its stages, made and noted, and the evidence written into its folder.
 
-    `failure`: why a figure of the whole run could not be made, where one could not.
+    `resumed`: it was opened by its folder; `whole`: all of it was asked for here; `ended`: when that had its table.
+    `asked`: figures that were asked for by name; `failure`: which figures could not be made, and why.
     """
 
-    failure: Exception | None = None
+    resumed: bool = False
+    whole: bool = False
+    ended: str | None = None
+    asked: frozenset[FigureName] = frozenset()
+    failure: MachineError | None = None
 
     def execute(self, targets: Targets | None = None) -> list[Node]:
         """Make the targets (all stages by default) and what they need; note each in `run.json` as it finishes.
@@ -51,6 +68,7 @@ class Run(Evidence):
         the targets.
         """
         wanted = self._wanted(targets)
+        self.whole = targets is None
         self.prepare()
         if self.graph.waits(wanted):
             assert not isinstance(targets, Sequence), "what waits for the division has other stages afterwards"
@@ -61,12 +79,18 @@ class Run(Evidence):
             log.warning("%s", said)
         nodes = self.graph.needed(wanted)
         last = self._figures_to_make() if targets is None else []
-        run_stages(self.graph, self.store, [node for node in nodes if node not in last], finished=self.finished)
+        first = [node for node in nodes if node not in last]
+        self._make(first, spared=self._figures_to_make() if self.asked else ())
         if is_main():
             self.link()
         if last:
-            self._make_figures(last)
+            self._make(last, spared=last)
         return wanted
+
+    def analyze(self, names: Sequence[FigureName]) -> None:
+        """Make these figures; where some cannot be, all others are, and `failure` tells why."""
+        self.asked |= frozenset(names)
+        self.execute(lambda graph: [node for name in names for node in graph.figure(name)])
 
     def _figures_to_make(self) -> list[Node]:
         """The stages that only figures need, of those that are not done."""
@@ -74,15 +98,13 @@ class Run(Evidence):
         others = [node for node in self.graph.nodes if node.digest not in required]
         return [node for node in others if self.store.status(node.key) != "done"]
 
-    def _make_figures(self, nodes: Sequence[Node]) -> None:
-        """Make what only figures need: where one fails, models and table are whole all the same."""
-        try:
-            run_stages(self.graph, self.store, nodes, finished=self.finished)
-        except Interrupted:
-            raise
-        except Exception as error:
-            self.failure = error
-            log.error("the figures are not complete, all else is: %s", " ".join(str(error).split()))
+    def _make(self, nodes: Sequence[Node], spared: Sequence[Node]) -> None:
+        """Make stages; what fails of the spared ones, which are figures, costs nothing else."""
+        lost = {node.digest for node in spared}
+        errors = run_stages(self.graph, self.store, nodes, finished=self.finished, spared=lost)
+        if errors:
+            said = "; ".join(f"{label}: {' '.join(str(error).split())}" for label, error in errors.items())
+            self.failure = MachineError(f"the figures are not complete, all else is: {said}")
 
     def settle(self, nodes: Sequence[Node]) -> None:
         """Where these stages wait for the division, make it; they are of another graph afterwards."""
@@ -117,7 +139,7 @@ class Run(Evidence):
                 raise UserError(f"{self.folder}: holds another recipe ({changed}); choose another folder with --out")
         if not is_main():
             return
-        with suppress(UserError, KeyError, TypeError):  # what this command does not make keeps its seconds
+        with suppress(UserError):  # what this command does not make keeps its seconds
             self.stages = self.recorded()
         write_text(resolved, to_yaml(self.recipe))
         self._note()
@@ -125,17 +147,34 @@ class Run(Evidence):
     def _has_results(self) -> bool:
         """Whether more than the index of this folder's images was made: else a corrected recipe may take its place."""
         try:
-            return any("seconds" in entry and entry["stage"] != "data" for entry in self.recorded().values())
-        except (UserError, KeyError, TypeError):
+            return any("seconds" in entry and entry.get("stage") != "data" for entry in self.recorded().values())
+        except UserError:
             return True
 
     def _note(self) -> None:
+        with try_lock(self.folder / LOCK, timeout=PATIENCE):  # two commands at once must not lose what the other noted
+            write_json(self.folder / RUN, self._record())
+
+    def _record(self) -> dict[str, Any]:
         # Every stage is named before it exists, so that a clean-up beside a run takes nothing away from it.
+        there: dict[str, dict[str, Any]] = {}
+        with suppress(UserError):
+            there = self.recorded()
         known = [{"stage": node.stage, "digest": node.digest, "label": node.label} for node in self.graph.nodes]
         here = {node.digest for node in self.graph.nodes}  # and what was once made beside the graph, since asked for
-        known += [e for e in self.stages.values() if e.get("stage") in ASKED_FOR and e.get("digest") not in here]
-        stages = [{**self.stages.get(entry["digest"], {}), **entry} for entry in known]
-        write_json(self.folder / RUN, {"recipe": self.recipe.name, "command": self.command, "stages": stages})
+        known += [e for digest, e in there.items() if e.get("stage") in ASKED_FOR and digest not in here]
+        stages = [{**there.get(e["digest"], {}), **self.stages.get(e["digest"], {}), **e} for e in known]
+        return {"recipe": self.recipe.name, **self._told(), "stages": stages}
+
+    def _told(self) -> dict[str, Any]:
+        """What `run.json` says beside stages: only a whole run changes it, for no other command makes the table."""
+        there = held(self.folder)
+        command, finished = first_command(there), there.get("finished")
+        if self.whole:
+            command, finished = (command if self.resumed else "") or self.command or command, self.ended
+        told = {"command": command, **({"finished": str(finished)} if finished else {})}
+        asked = [name for name in FIGURES if name in self.asked or name in figures_asked(there)]
+        return {**told, **({ASKED: asked} if asked else {})}
 
     def finished(self, node: Node, artefact: Artefact, reused: bool) -> None:
         """Note a stage that is done in `run.json`."""
@@ -150,8 +189,7 @@ class Run(Evidence):
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """Seconds and steps of the stages as the last run noted them."""
-        stages: list[dict[str, Any]] = read_json(self.folder / RUN).get("stages", [])
-        return {entry["digest"]: entry for entry in stages}
+        return noted(self.folder)
 
     def link(self) -> None:
         """`base`, `experts/<i>` and `merged` beside the table; with several seeds `experts-seed<s>/<i>` and so on."""
@@ -179,8 +217,17 @@ class Run(Evidence):
         write_table(rows, self.folder)
         content = self.content(rows)
         write_text(self.folder / "model_card.md", model_card(content))
-        write_page(self.folder, content)
+        write_page(self.folder.absolute(), content)
+        if self.whole:
+            self.ended = datetime.now(UTC).isoformat(timespec="seconds")
+            self._note()
         return rows, verdict(rows)
+
+    def renew(self) -> None:
+        """Write table and page again where all that they need is there, so that they show what was made beside."""
+        if is_main() and all(self.store.status(node.key) == "done" for node in self.required()):
+            self.stages = self.recorded()
+            self.report()
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], above: str = "") -> str:
@@ -199,15 +246,13 @@ def is_experiment(folder: Path) -> bool:
     return folder.resolve().parent.name == ABLATIONS and (folder / "arms").is_dir()
 
 
-def _first_command(folder: Path | None) -> str:
-    """What a run folder that is opened again was made by: resuming or reporting does not say how."""
-    with suppress(UserError):
-        return str(read_json(folder / RUN).get("command", "")) if folder else ""
-    return ""
+def open_run(
+    loaded: Loaded, *, out: Path | None = None, command: str = "", download: bool = True, beside: bool = False
+) -> Run:
+    """The run of a recipe in `out`, the folder it came from, or `runs/<recipe>` (`+<digest8>` with overrides).
 
-
-def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", download: bool = True) -> Run:
-    """The run of a recipe in `out`, the folder it came from, or `runs/<recipe>` (`+<digest8>` with overrides)."""
+    `beside`: of one who computes no figure; those whose models are gone are left out.
+    """
     recipe, folder = loaded.recipe, out or loaded.folder
     if folder is None:
         changes = {key: value for key, value in loaded.overrides.items() if not key.startswith("runtime.")}
@@ -219,5 +264,7 @@ def open_run(loaded: Loaded, *, out: Path | None = None, command: str = "", down
         said = f"its baseline is the run {folder.resolve().parent.parent}; its tables again: deme report {folder}"
         raise UserError(f"{folder}: an experiment, no run; {said}")
     store = Store(folder.parent / STORE)
-    graph = Graph(recipe, download=download, store=store)
-    return Run(recipe, folder, store, graph, _first_command(loaded.folder) or command)
+    graph = (shown if beside else Graph)(recipe, download=download, store=store)
+    run = Run(recipe, folder, store, graph, command)
+    run.resumed = loaded.folder is not None
+    return run

@@ -13,28 +13,30 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deme_diffusion.artefacts import WORK, Onlooker
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.pipeline import table
-from deme_diffusion.pipeline.evidence import LOSSES, Evidence
-from deme_diffusion.pipeline.graph import Graph
+from deme_diffusion.pipeline.evidence import LOSSES, RUN, Evidence, held, noted
+from deme_diffusion.pipeline.graph import shown
 from deme_diffusion.pipeline.node import Node
-from deme_diffusion.pipeline.run import RUN, Run
+from deme_diffusion.pipeline.run import Run
 from deme_diffusion.report.page import write_page
-from deme_diffusion.weight_files import read_json
 
 log = logging.getLogger(__name__)
 CELLS, SAMPLED, TRIALS = f"{WORK}/cells.jsonl", f"{WORK}/sampled.json", "search.jsonl"
 """What stages under way write (`analysis.grid`, `evaluation.sample`, `pipeline.searching`)."""
-TABLE = "table.json"
 QUIET = 120.0
 """Seconds without a word after which a stage is told to be silent: its process may have ended."""
+STILL = 600.0
+"""Seconds without a word from any stage, and without a lock, after which nothing is under way."""
 PATIENCE = 5
 """Rounds in a row that may fail: files are replaced while they are read."""
 SHARE = 0.2
 """Of the time, at most, that is spent on the page: the run needs the cores."""
+Ended = Literal["final", "still", "interrupted"]
+"""How a watching ends: the run has ended, nothing is under way, Ctrl-C."""
 
 
 @dataclass
@@ -67,42 +69,50 @@ def _records(lines: bytes) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Watched(Evidence):
-    """A run from beside. `every` is the page's seconds between two loads, None once it does not change any more."""
+    """A run from beside. `every` is the page's seconds between two loads, None once it does not change any more.
+
+    `still`: nothing is under way, though not all is there.
+    """
 
     every: int | None = None
+    still: bool = False
     tails: dict[Path, Tail] = field(default_factory=dict)
 
     def write(self) -> bool:
-        """Write the page as it is now; whether it is final."""
-        with suppress(UserError, KeyError, TypeError):
-            self.stages = {entry["digest"]: entry for entry in read_json(self.folder / RUN)["stages"]}
+        """Write the page as it is now; whether it will not change any more."""
+        with suppress(UserError):
+            self.stages = noted(self.folder)
         if self.graph.provisional:
-            self.graph = Graph(self.recipe, store=self.store)
-        finished = self._finished()
+            self.graph = shown(self.recipe, store=self.store)
+        missing = {node.digest: node for node in self.graph.nodes if self.store.find(node.key) is None}
+        lacking = missing.keys() & {node.digest for node in self.required()}
+        ended = not missing or (not lacking and bool(held(self.folder).get("finished")))
+        self.still = not ended and self._is_still(list(missing.values()))
+        whole = ended or (self.still and not lacking)
         content = self.content(table.rows_so_far(self.graph, self.store, self.graph.extractor_name))
-        if not finished:
+        if not whole:
             content["stages"].sort(key=lambda entry: entry["state"] != "running")  # in sight, of a hundred
             content |= {"unfinished": True, "written": f"{datetime.now():%H:%M:%S}"}
             if not self.merged.exists():
                 del content["merged_path"]
-        write_page(self.folder, content, refresh=None if finished else self.every)
-        return finished
+        write_page(self.folder.absolute(), content, refresh=None if ended or self.still else self.every)
+        return ended or self.still
 
-    def _finished(self) -> bool:
-        """Whether all is there; or all but figures, and the run has written its table since it noted anything."""
-        missing = {node.digest for node in self.graph.nodes if self.store.find(node.key) is None}
-        if not missing or missing & {node.digest for node in self.required()}:
-            return not missing
-        written = [_time_of(self.folder / name) for name in (RUN, TABLE)]
-        return 0 < written[0] <= written[1]
+    def _is_still(self, missing: list[Node]) -> bool:
+        """Whether nobody is at work on what is missing, by locks and times."""
+        assert isinstance(self.store, Onlooker)
+        begun = [self.store.folder(node.key) for node in missing if self.store.status(node.key) == "partial"]
+        latest = max(_time_of(self.folder / RUN), *map(_last_written, begun), 0.0)
+        return time.time() - latest > STILL and not any(self.store.is_held(node.key) for node in missing)
 
     def entry(self, node: Node) -> dict[str, Any]:
         """A stage with its state: done, running or waiting."""
         entry = super().entry(node)
-        state = {"done": "done", "partial": "running", "missing": "waiting"}[self.store.status(node.key)]
-        told = self._progress(node) if state == "running" else ""
+        there = self.store.status(node.key)
+        state = {"done": "done", "partial": "waiting" if self.still else "running", "missing": "waiting"}[there]
+        told = self._progress(node) if there == "partial" else ""
         if state != "done":  # what an earlier attempt took is nothing
-            entry["seconds"] = self._elapsed(node) if state == "running" else None
+            entry["seconds"] = self._elapsed(node) if there == "partial" else None
         return {**entry, "steps": node.steps, "state": state, "progress": told}
 
     def _progress(self, node: Node) -> str:
@@ -189,12 +199,12 @@ def _sampled(cursor: Path) -> int:
 def watched(run: Run, every: int | None = None) -> Watched:
     """The run as it is seen from beside."""
     store = Onlooker(run.store.root)
-    graph = Graph(run.recipe, store=store) if run.graph.provisional else run.graph
+    graph = shown(run.recipe, store=store) if run.graph.provisional else run.graph
     return Watched(run.recipe, run.folder, store, graph, run.command, every=every)
 
 
-def watch(run: Run, every: int, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Write the run's page every so many seconds until it is final; whether it is, for Ctrl-C ends it before.
+def watch(run: Run, every: int, sleep: Callable[[float], None] = time.sleep) -> Ended:
+    """Write the run's page every so many seconds until it is final, nothing is under way, or Ctrl-C; which it was.
 
     Raises what keeps the page from being written several times in a row.
     """
@@ -204,7 +214,7 @@ def watch(run: Run, every: int, sleep: Callable[[float], None] = time.sleep) -> 
             start = time.monotonic()
             try:
                 if seen.write():
-                    return True
+                    return "still" if seen.still else "final"
                 failed = 0
             except (UserError, MachineError, OSError, ValueError, KeyError) as error:
                 failed += 1
@@ -215,4 +225,5 @@ def watch(run: Run, every: int, sleep: Callable[[float], None] = time.sleep) -> 
             sleep(max(every, took / SHARE - took))
     except KeyboardInterrupt:
         seen.every = None  # a page that nobody writes any more need not be loaded again
-        return seen.write()
+        seen.write()
+        return "interrupted"

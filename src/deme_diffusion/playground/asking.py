@@ -17,16 +17,22 @@ Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT, allow_inf_nan=F
 
 
 class Asked(BaseModel):
-    """What every request holds: whose it is (a page's own name for itself), and one weight an expert."""
+    """What every request holds: whose it is (a page's own name for itself), and of which server the page is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     page: str = Field(pattern=r"^[a-z0-9]{1,32}$")
+    server: str = Field(max_length=64)
+
+
+class AskedWeights(Asked):
+    """One weight an expert; `by_layer`: with those by layer that a search found."""
+
     weights: tuple[Weight, ...] = Field(min_length=1, max_length=MOST_EXPERTS)
     by_layer: bool = False
 
 
-class AskedSamples(Asked):
+class AskedSamples(AskedWeights):
     """Images of base and merged model, an image for each of so many seeds; `known` names a base that the page shows."""
 
     sampler: str = Field(max_length=200)
@@ -36,11 +42,11 @@ class AskedSamples(Asked):
     known: str = Field("", max_length=64)
 
 
-class AskedLoss(Asked):
+class AskedLoss(AskedWeights):
     """The fixed-noise loss of base and merged model."""
 
 
-class AskedSave(Asked):
+class AskedSave(AskedWeights):
     """The merged model on the disk, under a name."""
 
     name: str = Field(max_length=1000)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 from deme_diffusion.config import SamplerSettings
@@ -13,6 +17,7 @@ from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.recipes import RESOLVED, load
 
 BOUNDS = (-0.5, 1.5)
 """Of the sliders, where the recipe bounds no weight."""
@@ -43,16 +48,37 @@ def parts_of(graph: Graph) -> list[Node | Input]:
     return [graph.base, *experts, *graph.informed(how_of(graph), experts, seed).values()]
 
 
-def check_ready(run: Run, again: str) -> None:
-    """Raises UserError unless base and experts are done; `again` is the command that makes them."""
+def check_ready(run: Run, words: Sequence[str]) -> None:
+    """Raises UserError unless base and experts are done; `words` are the command that makes them."""
     if run.graph.waits(run.graph.experts[run.recipe.seeds[0]]):
+        again = _first(run, words)
         raise UserError(f"{run.folder}: the gradients that its division is made by are not compared; first: {again}")
     parts = parts_of(run.graph)
     fetched = [part.label for part in parts if isinstance(part, Input) and part.path is None]
     undone = [part.label for part in parts if isinstance(part, Node) and run.store.status(part.key) != "done"]
     if missing := [*fetched, *undone]:
         count = f"{len(missing)} of the {len(parts)} models that are merged are" if len(missing) > 1 else "a model is"
-        raise UserError(f"{run.folder}: {count} not there ({', '.join(missing)}); first: {again}")
+        raise UserError(f"{run.folder}: {count} not there ({', '.join(missing)}); first: {_first(run, words)}")
+
+
+def _first(run: Run, words: Sequence[str]) -> str:
+    """What to run before: elsewhere, where the folder holds another recipe, which `deme run` would refuse."""
+    if not _holds_another(run):
+        return shlex.join(words)
+    folders = (run.folder.with_name(f"{run.folder.name}-{i}") for i in count(2))
+    out = str(next(folder for folder in folders if not folder.exists()))
+    plain = list(words[: words.index("--out")] if "--out" in words else words)
+    return f"{shlex.join([*plain, '--out', out])}, then: {shlex.join(['deme', 'play', out])}"
+
+
+def _holds_another(run: Run) -> bool:
+    """Whether the run's folder holds a recipe of other models."""
+    if not (run.folder / RESOLVED).exists():
+        return False
+    with suppress(UserError):
+        there, beside = load(str(run.folder), as_it_stands=True).recipe, {"runtime", "analyze"}
+        return there.model_dump(mode="json", exclude=beside) != run.recipe.model_dump(mode="json", exclude=beside)
+    return True
 
 
 def samplers(graph: Graph) -> dict[str, SamplerSettings]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from deme_diffusion.config import SamplerSettings
+from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import fisher
 from deme_diffusion.evaluation.export import Pixels
 from deme_diffusion.evaluation.sample import make_scheduler, sample_batch
@@ -81,7 +82,12 @@ class Session:
         self.presets = self._presets()
         self._merged: Merged | None = None
         self._images: OrderedDict[str, tuple[Pixels, float]] = OrderedDict()
-        self._base_losses: list[float] | None = None
+        self._base_losses: list[float] = []
+
+    @property
+    def training(self) -> str:
+        """Whose experts these are, of several trainings."""
+        return f"training seed {self.seed} of {', '.join(map(str, self.recipe.seeds))}"
 
     def close(self) -> None:
         """Close the files."""
@@ -90,9 +96,11 @@ class Session:
     # -- weights -----------------------------------------------------------------------------------
 
     def _presets(self) -> list[Preset]:
-        """Base, the method's own weights, those of `merged`, and each expert alone."""
+        """Base, the method's own weights, those of `merged`, each expert alone; of a method without weights, one."""
         count = len(self.experts)
         uniform = tuple(self.how.method.default_weights(count))
+        if not self.how.method.weighted:
+            return [Preset("merged", f"{self.how.method.name} takes no weights", uniform)]
         presets = [Preset("base", "every weight 0", (0.0,) * count), Preset("uniform", "the method's own", uniform)]
         presets += self._found()
         one_hots = [tuple(float(i == j) for j in range(count)) for i in range(count)]
@@ -112,8 +120,10 @@ class Session:
     def weights(self, values: Sequence[float], by_layer: bool = False) -> MergeWeights:
         """The weights of a merge, as the recipe has it beside: one an expert, with those by layer that a search found.
 
-        Raises UserError for a count that is not N, or one that is not finite.
+        Raises UserError for a count that is not N, one that is not finite, or any where the method takes none.
         """
+        if not self.how.method.weighted and tuple(values) != self.presets[0].values:
+            raise UserError(f"weights: method {self.how.method.name} takes none")
         return self.merger.check(self.how.weights(tuple(values), self.rules if by_layer else None))
 
     # -- models ------------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ class Session:
         denoiser, size = self.stages.denoiser, self.recipe.runtime.sample_batch_size
         batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         steps = len(make_scheduler(denoiser, sampler).timesteps) * len(batches)
-        watched = _Watched(module, ticket, what, steps)
+        watched = _Watched(module, ticket, what, steps, shared=module is denoiser.module)
         return np.concatenate([sample_batch(denoiser, watched, sampler, batch) for batch in batches])
 
     # -- losses ------------------------------------------------------------------------------------
@@ -201,23 +211,30 @@ class Session:
 
     def losses(self, weights: MergeWeights, ticket: Ticket) -> dict[str, Any]:
         """Of base and merged model: the fixed-noise loss in each range and over all of them."""
-        if self._base_losses is None:
-            base = _Watched(self.stages.denoiser.module, ticket, "measuring the base's loss", 0)
-            self._base_losses = self.noise.losses(base)
-        merged = self.noise.losses(_Watched(self._module(weights, ticket), ticket, "measuring the loss", 0))
-        overall = [self.noise.overall(self._base_losses), self.noise.overall(merged)]
-        points = {"images": self.noise.num_images, "draws": self.noise.settings.draws}
-        return {"base": self._base_losses, "merged": merged, "overall": overall, **points}
+        noise = self.noise
+        batches = noise.settings.draws * -(-noise.num_images // noise.batch_size)
+        total = batches * (2 * len(noise.ranges) - len(self._base_losses))
+        base = _Watched(self.stages.denoiser.module, ticket, "measuring the base's loss", total)
+        for runs in noise.ranges[len(self._base_losses) :]:  # those that were measured stay, whatever comes between
+            self._base_losses += replace(noise, ranges=[runs]).losses(base)
+        module = self._module(weights, ticket)
+        merged = noise.losses(_Watched(module, ticket, "measuring the merged model's loss", total, done=base.done))
+        overall = [noise.overall(self._base_losses), noise.overall(merged)]
+        points = {"images": noise.num_images, "draws": noise.settings.draws}
+        return {"base": [*self._base_losses], "merged": merged, "overall": overall, **points}
 
 
 class _Watched(nn.Module):
     """A module that tells of each forward pass, and ends before one that is not wanted any more."""
 
-    def __init__(self, module: nn.Module, ticket: Ticket, doing: str, total: int) -> None:
+    def __init__(
+        self, module: nn.Module, ticket: Ticket, doing: str, total: int, *, done: int = 0, shared: bool = False
+    ) -> None:
         super().__init__()
-        self.module, self._ticket, self._doing, self._total, self._done = module, ticket, doing, total, 0
+        self.module, self.done, self._ticket, self._doing, self._total = module, done, ticket, doing, total
+        self._shared = shared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._ticket.tell(self._doing, min(self._done, self._total), self._total)
-        self._done += 1
+        self._ticket.tell(self._doing, min(self.done, self._total), self._total, shared=self._shared)
+        self.done += 1
         return self.module(*args, **kwargs)

@@ -92,7 +92,10 @@ class Album:
         return self.add([Form(SVG, lambda: data)])
 
     def drawn(self, svg: Path, png: Path) -> Image:
-        """A figure on disk: its SVG where that is not large, else its PNG, else a smaller PNG."""
+        """A figure on disk: its SVG where that is not large, else its PNG, else a smaller PNG.
+
+        The files are checked by whoever names them (`page.pictures.figure_told`).
+        """
         forms = [Form(SVG, svg.read_bytes)] if _size(svg) <= LARGE_SVG else []
         forms += [Form(PNG, png.read_bytes)] if png.is_file() else []
         said = f"shown smaller to save room: {png.name} lies beside"

@@ -2,14 +2,19 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 from deme_diffusion.division import names_of
-from deme_diffusion.report.card_front import front_matter
-from deme_diffusion.report.tables import escape_markdown, markdown
+from deme_diffusion.report.card_front import HUB_NAME, front_matter
+from deme_diffusion.report.tables import escape_markdown, markdown, paragraph
 from deme_diffusion.report.verdict import verdict
+from deme_diffusion.report.words import grouped, seeds_said, weights_said
 
 MOST_PATTERNS = 12
 DEMONSTRATION = (
@@ -25,7 +30,7 @@ CITATION = """@inproceedings{ma2025decouple,
 
 
 def model_card(run: Mapping[str, Any], *, samples: str | None = None) -> str:
-    """A README.md with YAML front matter; `run` is run.json, and `base_model` may name the base's hub id.
+    """A README.md with YAML front matter; `run` is run.json, and `base_model_hub` names the base on the hub, if there.
 
     `samples` is the path of a picture of samples, relative to the card.
     """
@@ -44,10 +49,18 @@ def model_card(run: Mapping[str, Any], *, samples: str | None = None) -> str:
 
 
 def loading_lines(run: Mapping[str, Any]) -> str:
-    """Lines of Python that load the merged model and sample (`sample_call` overrides the last)."""
-    where = json.dumps(str(run.get("merged_path", "merged")), ensure_ascii=False)
-    lines = ["from diffusers import DiffusionPipeline", f"pipeline = DiffusionPipeline.from_pretrained({where})"]
-    if extra := run.get("projection"):
+    """Lines of Python that load the merged model and sample (`sample_call` overrides the last).
+
+    Projections lie in a folder, and so a model on the hub that has some is fetched into one.
+    """
+    named = str(run.get("merged_path", "merged"))
+    where, extra = json.dumps(named, ensure_ascii=False), run.get("projection")
+    lines = ["from diffusers import DiffusionPipeline"]
+    if extra and HUB_NAME.fullmatch(named) and not Path(named).is_dir():
+        lines += ["from huggingface_hub import snapshot_download", f"folder = snapshot_download({where})"]
+        where = "folder"
+    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({where})")
+    if extra:
         lines += ["from deme_diffusion import attach_projection",
                   f"attach_projection(pipeline.{extra['component']}, {where})"]  # fmt: skip
     return "\n".join([*lines, f"images = {run.get('sample_call', 'pipeline(batch_size=16).images')}"])
@@ -85,7 +98,7 @@ def _what(run: Mapping[str, Any]) -> str:
         " subsets of the timesteps, and their task vectors merged into one set of weights (decouple-then-merge)."
     )
     title = f"# {escape_markdown(str(run.get('recipe', 'merged model')))}"
-    return "\n\n".join(part for part in (title, escape_markdown(str(run.get("description", ""))), what) if part)
+    return "\n\n".join(part for part in (title, paragraph(str(run.get("description") or "")), what) if part)
 
 
 def _compared(run: Mapping[str, Any]) -> str:
@@ -110,15 +123,14 @@ def _weights(run: Mapping[str, Any]) -> str:
 
 
 def _found(run: Mapping[str, Any]) -> str:
-    """How the weights were found, and which gain of the search was noise."""
-    search = run.get("search")
-    if not search:
-        return ""
-    best = f", the best: {escape_markdown(search['source'])}" if search.get("source") else ""
-    method, objective = escape_markdown(search["method"]), escape_markdown(search["objective"])
-    lost = [f"{line[0].upper()}{line[1:]}." for line in run.get("lost_gains") or ()]
-    found = f"Found by {method} on {objective}, {len(search['trials'])} trials{best}."
-    return "\n\n".join([found, *map(escape_markdown, lost)])
+    """How the weights were found, what the merged model then is, and which gain of the search was noise."""
+    search, found = run.get("search"), []
+    if search:
+        best = f", the best: {search['source']}" if search.get("source") else ""
+        method, objective = str(search["method"]).replace("_", " "), grouped(search["objective"])
+        found = [f"Found by {method} on {objective}, {len(search['trials']):,} trials{best}."]
+    seed = f"Of {said}." if (said := seeds_said(run)) else ""
+    return "\n\n".join(paragraph(line) for line in (*found, *weights_said(run), seed) if line)
 
 
 def method_said(run: Mapping[str, Any]) -> str:
@@ -173,13 +185,50 @@ def expert_card(label: str, base: str, component: str, kind: str, *, projected: 
 
 
 def _made(run: Mapping[str, Any]) -> str:
-    command = f"Made with deme-diffusion by\n\n{fenced(run['command'], 'sh')}" if run.get("command") else ""
-    recipe = f"from the recipe\n\n{fenced(run['recipe_yaml'], 'yaml')}" if run.get("recipe_yaml") else ""
+    command = f"Made with deme-diffusion by\n\n{fenced(_portable(run['command']), 'sh')}" if run.get("command") else ""
+    recipe = (
+        f"{'from' if command else 'From'} the recipe\n\n{fenced(_portable_recipe(run['recipe_yaml']), 'yaml')}"
+        if run.get("recipe_yaml")
+        else ""
+    )
     return "\n\n".join(part for part in (command, recipe) if part)
 
 
+def _portable(command: str) -> str:
+    """A command without the folders of this machine, which are nobody else's business."""
+    try:
+        words = [_elsewhere(word) for word in shlex.split(command)]
+    except ValueError:  # quotes that are never closed
+        return command
+    return command if words == shlex.split(command) else shlex.join(words)
+
+
+def _portable_recipe(text: str) -> str:
+    """The same of a recipe; as it stands where it holds no such folder."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    told = _without_folders(values)
+    return text if told == values else str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return _elsewhere(value) if isinstance(value, str) else value
+
+
+def _elsewhere(word: str) -> str:
+    """`.../name` of an absolute path, also after `key=`."""
+    found = re.fullmatch(r"((?:[\w.-]+=)?)(?:[/~]|[A-Za-z]:[\\/]|file:/).*?([^/\\]*)[/\\]*", word, re.DOTALL)
+    return f"{found[1]}.../{found[2]}" if found else word
+
+
 def _limits(run: Mapping[str, Any]) -> str:
-    evidence = escape_markdown(verdict(run["table"]).sentence) if run.get("table") else ""
+    evidence = paragraph(verdict(run["table"]).sentence) if run.get("table") else ""
     shared = (
         "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on; this"
         " card states no licence of its own."

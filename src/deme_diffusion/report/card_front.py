@@ -25,7 +25,7 @@ Run = Mapping[str, Any]
 def front_matter(run: Run) -> str:
     """The block between the dashes; the licence is the user's to state, so that it is a comment."""
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": TASK}
-    if base := _hub_name(run.get("base_model")):
+    if base := _hub_name(run.get("base_model_hub")):
         front |= {"base_model": base, "base_model_relation": "finetune"}
     if data := _hub_data(run):
         front["datasets"] = [data]

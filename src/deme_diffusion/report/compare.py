@@ -16,6 +16,8 @@ from deme_diffusion.report.paired import margin_of, paired_differences
 from deme_diffusion.report.verdict import verdict
 
 MOST_RUNS = 8
+TIMES = ("latency", "load time")
+"""Metrics that say something of a machine, and are compared on the same one only."""
 UNTOLD = ("name", "description", "demonstration")
 """Settings of a recipe that are no difference between two."""
 Run = Mapping[str, Any]
@@ -53,6 +55,7 @@ def _run(run: Run, label: str) -> dict[str, Any]:
         "verdict": said.sentence,
         "helps": said.helps,
         "command": run["command"],
+        "rerun": run["rerun"],
     }
 
 
@@ -117,7 +120,17 @@ def unlike(runs: Sequence[Run], metric: str) -> dict[str, list[Any]]:
     known = [protocol for protocol in protocols if protocol is not None]
     fields = dict.fromkeys(field for protocol in known for field in protocol)
     different = [field for field in fields if len({compact(protocol.get(field)) for protocol in known}) > 1]
-    return {field: [None if one is None else one.get(field) for one in protocols] for field in different}
+    found = {field: [None if one is None else one.get(field) for one in protocols] for field in different}
+    return found | (_machines(runs, protocols) if metric.startswith(TIMES) and len(known) > 1 else {})
+
+
+def _machines(runs: Sequence[Run], protocols: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
+    """Where times were taken, unless all are known to be of the same machine."""
+    told = [
+        None if one is None else run.get("cost_machine") or "unknown" for run, one in zip(runs, protocols, strict=True)
+    ]
+    machines = set(told) - {None}
+    return {} if len(machines) == 1 and "unknown" not in machines else {"machine": told}
 
 
 def protocol_of(run: Run, metric: str) -> dict[str, Any] | None:

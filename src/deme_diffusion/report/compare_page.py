@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from deme_diffusion.report.card import DEMONSTRATION, method_said
 from deme_diffusion.report.cells import Figure, difference_said, direction, figure_decimals, number, plain
 from deme_diffusion.report.compare import comparison
 from deme_diffusion.report.compare_losses import losses_section
+from deme_diffusion.report.page.drawn import analyze_command, figures_told
 from deme_diffusion.report.page.environment import environment
 from deme_diffusion.report.page.merging import weights_section
-from deme_diffusion.report.page.pictures import HEADINGS, INCH, grids_section
-from deme_diffusion.report.page.results import BADGES
+from deme_diffusion.report.page.pictures import HEADINGS, grids_section
+from deme_diffusion.report.page.results import BADGES, COLOURED
 
 NONE = "\N{EN DASH}"
 LONGEST = 200  # characters of a setting that is shown
@@ -46,9 +46,8 @@ def render_comparison(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> str:
 
 
 def _head(run: Mapping[str, Any]) -> dict[str, Any]:
-    kind = {True: "yes", False: "no", None: "open"}[run["helps"]]
-    again = f"deme run {shlex.quote(run['folder'])}"
-    return {**run, "kind": kind, "badge": BADGES[run["helps"]], "again": again, "lies": Path(run["folder"]).absolute()}
+    kind = COLOURED[run["helps"]]
+    return {**run, "kind": kind, "badge": BADGES[run["helps"]]}
 
 
 def _setting(value: Any) -> str:
@@ -139,16 +138,10 @@ def _grids(run: Run, album: Album) -> list[dict[str, Any]]:
 def _figures(runs: Sequence[Run], album: Album) -> list[dict[str, Any]]:
     """A row a kind that any run has: its pictures in each run, or how they are made there."""
     rows = []
+    told = [figures_told(run["figures"], Path(run["folder"]), album)[0] for run in runs]
     for kind in FIGURES:
-        shown = [[_figure(run, one, album) for one in run["figures"] if one["kind"] == kind] for run in runs]
+        shown = [[one for one in pictures if one["kind"] == kind] for pictures in told]
         if any(shown):
-            commands = [f"deme analyze {shlex.quote(run['folder'])} --figure {kind}" for run in runs]
+            commands = [analyze_command(Path(run["folder"]), [kind]) for run in runs]
             rows.append({"title": HEADINGS[kind], "runs": list(zip(shown, commands, strict=True))})
     return rows
-
-
-def _figure(run: Run, one: Mapping[str, Any], album: Album) -> dict[str, Any]:
-    folder = Path(run["folder"])
-    size = {key: round(one[key] * INCH) for key in ("width", "height")}
-    image = album.drawn(folder / one["svg"], folder / one["png"])
-    return {**{key: one[key] for key in ("title", "caption", "alt")}, **size, "image": image}

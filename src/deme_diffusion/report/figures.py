@@ -25,6 +25,8 @@ DASHES = ("-", "--", ":", "-.")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # matplotlib's names; both are told apart by the colour-blind
 MAX_POINTS = 300
 MOST_BANDS = 30  # runs of one subset that are told apart as bands
+MOST_NAMED, MOST_TICKS = 14, 25  # lines that a legend names, and subsets that an axis does
+HIGHEST = 7.0  # inches of all bands of a division
 STYLE = {
     "svg.hashsalt": "deme",  # the same figure has the same bytes
     "text.parse_math": False,  # a name with dollars is a name
@@ -56,6 +58,13 @@ def sample_grid(images: NDArray[np.uint8], columns: int, scale: int, gap: int = 
         top, left = i // columns * high, i % columns * wide
         canvas[top : top + h * scale, left : left + w * scale] = tile
     return png(canvas)
+
+
+def reduced(images: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """(n, h, w, c) uint8 images made so many pixels wide, in their proportions."""
+    high, channels = max(1, round(width * images.shape[1] / images.shape[2])), images.shape[3]
+    small = [Image.fromarray(one.squeeze()).resize((width, high), Image.Resampling.LANCZOS) for one in images]
+    return np.stack([np.array(one).reshape(high, width, channels) for one in small])
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -111,13 +120,13 @@ def division_picture(member: NDArray[np.bool_], route: NDArray[np.integer[Any]])
         if alone:
             axes.text(0, experts + 0.46, "each timestep by the expert that trains on it", va="center", fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        ticks = [*range(experts), experts + 0.46]
-        axes.set_yticks(ticks, [*(f"expert {i}" for i in range(experts)), "route"])
+        named = range(0, experts, math.ceil(experts / MOST_TICKS))
+        axes.set_yticks([*named, experts + 0.46], [*(f"expert {i}" for i in named), "route"])
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel="timestep t", xlim=(0, steps), ylim=(experts + 1, -0.6))
         axes.spines["left"].set_visible(False)
 
-    return svg_of(draw, 5.6, 0.9 + 0.27 * (experts + 1))
+    return svg_of(draw, 5.6, 0.9 + min(0.27 * (experts + 1), HIGHEST))
 
 
 def division_tables(division: Mapping[str, Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -147,12 +156,18 @@ def weights_bars(weights: Mapping[str, Sequence[float]], subset_names: Sequence[
             if len(subset_names) * len(weights) <= 16:
                 axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.axhline(0, color=INK, linewidth=0.7)
-        axes.set_xticks(places, subset_names, rotation=0 if len(subset_names) <= 6 else 60)
+        named_places(axes, subset_names)
         axes.set(xlabel="subset of the timesteps", ylabel="merge weight w")
         axes.margins(y=0.12)
         _legend(figure, axes)
 
     return svg_of(draw, 5.6, 3.0)
+
+
+def named_places(axes: Any, names: Sequence[str]) -> None:
+    """Names at 0, 1, ... of the x-axis; of many only every second, third ..."""
+    kept = range(0, len(names), max(1, math.ceil(len(names) / MOST_TICKS)))
+    axes.set_xticks(list(kept), [names[i] for i in kept], rotation=0 if len(names) <= 6 else 60)
 
 
 def png_of(draw: Callable[[Any], None], width: float, height: float) -> bytes:
@@ -190,6 +205,9 @@ def _spans(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1 or (labels and labels[0]):
+        if len(handles) > MOST_NAMED:
+            more = f"and {len(handles) - MOST_NAMED + 1} more"
+            handles, labels = handles[:MOST_NAMED], [*labels[: MOST_NAMED - 1], more]
         longest = max(map(len, labels))
         columns = max(1, min(len(handles), 80 // (longest + 6)))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8, handlelength=1.6)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "escape_markdown",
     "markdown",
     "merge_tables",
+    "paragraph",
     "read_table",
     "rich_table",
     "to_csv",
@@ -88,10 +90,17 @@ def _clash(row: Row, other: Row) -> bool:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that neither breaks a table's cell nor becomes HTML, emphasis or a link."""
-    for mark, safe in (("\\", "\\\\"), ("|", "\\|"), ("*", "\\*"), ("<", "&lt;"), ("](", "]\\(")):
+    """Text that neither breaks a table's cell nor becomes HTML, emphasis, code or a link."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    for mark, safe in (("\\", "\\\\"), ("<", "&lt;"), ("](", "]\\("), *((mark, f"\\{mark}") for mark in "|*`~")):
         text = text.replace(mark, safe)
-    return " ".join(text.split())
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", " ".join(text.split()))
+
+
+def paragraph(text: str) -> str:
+    """The same as a paragraph of its own: what begins it is no heading, list, rule, quotation or reference either."""
+    text = escape_markdown(text)
+    return re.sub(r"^(?:(?=[#>=+\-\[])|\d+(?=[.)]))", lambda found: f"{found[0]}\\", text)
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:

@@ -128,7 +128,7 @@ def _against_control(base: Outcome, c: Comparison, figure: str) -> str:
 
 def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
     if any(c.outcome == "one seed" for c in comparisons):
-        return "Nothing can be concluded from one seed."
+        return "Nothing can be concluded from one training seed."
     if alike := next((c for c in comparisons if c.outcome == "alike"), None):
         return f"All {alike.seeds} seeds differ alike in {alike.metric}, which gives no interval to conclude from."
     if helps is None:

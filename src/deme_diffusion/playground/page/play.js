@@ -1,9 +1,19 @@
 "use strict";
 // The page of `deme play`: what is chosen, asked of the server, shown. Everything is put in as text, never as HTML.
-const DEBOUNCE = 150, POLL = 400, GRIDS = ["base", "merged", "changes"];
-const page = Math.random().toString(36).slice(2, 14);
+const DEBOUNCE = 150, POLL = 400, MANY = 6, GRIDS = ["base", "merged", "changes"];
 const at = (id) => document.getElementById(id);
-const state = { weights: [], by_layer: false, known: "", timer: 0, asked: 0, pending: null, facts: null };
+const state = { weights: [], by_layer: false, known: "", timer: 0, asked: 0, facts: null, running: new Set(), stopped: false, polling: 0 };
+const page = named();
+
+function named() {
+  // A page that is loaded again takes its own requests back; a copied tab is another page.
+  const again = performance.getEntriesByType("navigation")[0]?.type === "reload", made = Math.random().toString(36).slice(2, 14);
+  try {
+    const name = (again && sessionStorage.getItem("page")) || made;
+    sessionStorage.setItem("page", name);
+    return name;
+  } catch { return made; }  // a browser that stores nothing
+}
 
 function made(tag, text, attributes = {}) {
   const element = document.createElement(tag);
@@ -17,10 +27,20 @@ const seconds = (s) => (s < 0.01 ? `${(1000 * s).toFixed(1)} ms` : s < 1 ? `${(1
 const percent = (x) => `${(100 * x).toPrecision(3)} %`;
 const equal = (a, b) => a.every((w, i) => Math.abs(w - b[i]) < 5e-7);
 
-async function ask(path, body, signal) {
-  const options = { method: "POST", signal, headers: { "content-type": "application/json" }, body: JSON.stringify({ page, ...body }) };
-  const answer = await (body ? fetch(path, options) : fetch(path, { signal }));
-  const told = await answer.json();
+function listed(weights, by_layer) {
+  if (!state.facts.weighted) return "";
+  const first = weights.slice(0, MANY).map(shown).join(", "), more = weights.length > MANY ? ", …" : "";
+  return `w = (${first}${more})${by_layer ? " by layer" : ""}`;
+}
+
+async function ask(path, body) {
+  const post = { method: "POST", headers: { "content-type": "application/json" } };
+  const sent = { page, server: state.facts?.server, ...body };
+  const answer = await fetch(path, body && { ...post, body: JSON.stringify(sent) }).catch(() => {
+    throw new Error("The server does not answer: is deme play still running?");
+  });
+  const told = await answer.json().catch(() => { throw new Error(`The server's answer was cut short (${answer.status}).`); });
+  if (told.reload) at("reload").hidden = false;
   if (told.error) throw new Error(told.error);
   return told;
 }
@@ -30,8 +50,6 @@ function say(id, text, wrong = false) {
   at(id).classList.toggle("error", wrong);
 }
 
-const failed = (error) => (error instanceof TypeError ? "The server does not answer: is deme play still running?" : error.message);
-
 // -- building the page ---------------------------------------------------------------------------
 
 function build(facts) {
@@ -39,19 +57,46 @@ function build(facts) {
   at("name").textContent = facts.name;
   at("about").textContent = `${facts.folder} · base ${facts.base} · ${facts.experts.length} experts merged by ${facts.method}`;
   at("notes").replaceChildren(...facts.notes.map((note) => made("li", note)));
-  at("sliders").replaceChildren(...facts.experts.map(slider));
-  const buttons = facts.presets.map((preset) => button(preset.name, preset.what, () => choose(preset)));
-  const reset = button("reset", "weights as the page began, and the recipe's first sampler", () => { sampling(facts); choose(facts.presets[facts.start]); });
-  at("presets").replaceChildren(...buttons, reset);
+  if (facts.weighted) {
+    at("sliders").replaceChildren(...facts.experts.map(slider));
+  } else {
+    at("weighing").textContent = "Merged model";
+    at("keeping").textContent = "Keep this model";
+  }
+  if (facts.weighted && facts.experts.length > MANY) scrolls(at("sliders"));
+  at("unweighted").hidden = facts.weighted;
+  at("sum").hidden = !facts.weighted;
+  presets(facts);
   const own = made("optgroup", undefined, { label: "of the recipe" }), stock = made("optgroup", undefined, { label: "others" });
   facts.samplers.forEach(({ label }, i) => (i < facts.listed ? own : stock).append(made("option", label, { value: label })));
   at("sampler").replaceChildren(own, ...(stock.children.length ? [stock] : []));
   at("steps").max = facts.timesteps;
   at("images").max = facts.most.images;
   at("seed").max = facts.most.seed;
-  at("save-name").value = "by-hand";
+  at("save-name").value = facts.save_as;
   at("loss-note").textContent = `The denoising loss on at most ${facts.loss_images} images of the search split: the report split stays unseen. A lower loss is not yet better images.`;
   sampling(facts);
+}
+
+function scrolls(box) {
+  box.classList.add("many");
+  for (const [name, value] of Object.entries({ tabindex: 0, role: "region", "aria-label": "Weights of the experts" })) box.setAttribute(name, value);
+}
+
+function presets(facts) {
+  // Each expert alone is the last ones of the list; of many experts they are in a select.
+  const many = facts.weighted && facts.experts.length > MANY, split = many ? facts.presets.length - facts.experts.length : facts.presets.length;
+  state.buttons = facts.presets.slice(0, split).map((preset) => button(preset.name, preset.what, () => choose(preset)));
+  const reset = button("reset", "weights as the page began, and the recipe's first sampler", () => { sampling(facts); choose(facts.presets[facts.start]); });
+  at("presets").replaceChildren(...state.buttons, ...(many ? [alone(facts, split)] : []), reset);
+}
+
+function alone(facts, split) {
+  const select = made("select", undefined, { id: "alone", "aria-label": "One expert alone" });
+  select.append(made("option", "expert …", { value: "" }));
+  facts.presets.slice(split).forEach((preset, i) => select.append(made("option", `${preset.name} alone`, { value: split + i })));
+  select.addEventListener("change", () => { if (select.value) choose(facts.presets[select.value]); });
+  return select;
 }
 
 function button(text, title, act) {
@@ -69,7 +114,7 @@ function sampling(facts) {
 }
 
 function slider(expert, i) {
-  const { bounds: [low, high], most, timesteps, weighted } = state.facts, id = `w${i}`;
+  const { bounds: [low, high], most, timesteps } = state.facts, id = `w${i}`;
   const row = made("div", undefined, { class: "slider" }), label = made("label", expert.name, { for: id });
   row.style.setProperty("--colour", expert.colour);
   label.append(made("span", expert.range));
@@ -81,13 +126,16 @@ function slider(expert, i) {
     where.append(run);
   }
   const range = made("input", undefined, { id, type: "range", min: low, max: high, step: 0.01 });
-  const named = `weight of ${expert.name}, timesteps ${expert.range}`;
+  const called = `weight of ${expert.name}, timesteps ${expert.range}`;
   const number = made("input", undefined, { id: `${id}n`, type: "number", min: -most.weight, max: most.weight, step: "any", required: "" });
-  range.setAttribute("aria-label", named);
-  number.setAttribute("aria-label", `${named}, as a number`);
-  range.disabled = number.disabled = !weighted;
-  range.addEventListener("input", () => moved(i, range.valueAsNumber, number));
-  number.addEventListener("input", () => { if (number.checkValidity()) moved(i, number.valueAsNumber, range); });
+  range.setAttribute("aria-label", called);
+  number.setAttribute("aria-label", `${called}, as a number`);
+  range.addEventListener("input", () => { number.value = shown(range.valueAsNumber); moved(i, range.valueAsNumber); });
+  number.addEventListener("input", () => {
+    if (!number.checkValidity()) return changed();  // which says what is wrong
+    range.value = number.value;
+    moved(i, number.valueAsNumber);
+  });
   const inputs = made("div", undefined, { class: "inputs" });
   inputs.append(range, number);
   row.append(label, where, inputs);
@@ -96,10 +144,9 @@ function slider(expert, i) {
 
 // -- what is chosen --------------------------------------------------------------------------------
 
-function moved(i, weight, other) {
+function moved(i, weight) {
   state.weights[i] = weight;
   state.by_layer = false;
-  other.value = shown(weight);
   colour(i);
   changed();
 }
@@ -111,22 +158,33 @@ function colour(i) {
   const ends = [0, state.weights[i]].sort((a, b) => a - b);
   range.style.setProperty("--from", place(ends[0]));
   range.style.setProperty("--to", place(ends[1]));
+  range.setAttribute("aria-valuetext", shown(state.weights[i]));  // which may lie beyond the slider, or between its steps
+  at(`w${i}n`).title = String(state.weights[i]);
 }
 
 function choose(preset) {
   state.weights = [...preset.values];
   state.by_layer = preset.by_layer;
-  state.weights.forEach((w, i) => { at(`w${i}`).value = w; at(`w${i}n`).value = shown(w); colour(i); });
+  if (state.facts.weighted) state.weights.forEach((w, i) => { at(`w${i}`).value = w; at(`w${i}n`).value = shown(w); colour(i); });
   changed(0);
 }
 
 function changed(delay = DEBOUNCE) {
-  const { facts, weights, by_layer } = state, buttons = at("presets").children;
-  facts.presets.forEach((preset, i) => buttons[i].setAttribute("aria-pressed", preset.by_layer === by_layer && equal(preset.values, weights)));
+  const { facts, weights, by_layer } = state, pressed = facts.presets.map((one) => one.by_layer === by_layer && equal(one.values, weights));
+  state.buttons.forEach((one, i) => one.setAttribute("aria-pressed", pressed[i]));
+  if (at("alone")) { const i = pressed.indexOf(true, state.buttons.length); at("alone").value = i < 0 ? "" : i; }
   const layers = by_layer ? " · by layer, as the search found them: the sliders show means, and moving one leaves them" : "";
   at("sum").textContent = `Σ w = ${shown(weights.reduce((sum, w) => sum + w, 0))}${layers}`;
+  for (const id of ["measured", "saved"]) if (at(id).classList.contains("error")) say(id, "");
   clearTimeout(state.timer);
   state.timer = setTimeout(sample, delay);
+}
+
+function weighed() {
+  // The weights as they are shown: none are sampled, measured or saved while a field holds something else.
+  const { facts, weights, by_layer } = state, wrong = weights.findIndex((_, i) => facts.weighted && !at(`w${i}n`).checkValidity());
+  if (wrong >= 0) throw new Error(`weight of ${facts.experts[wrong].name}: a number from ${-facts.most.weight} to ${facts.most.weight}`);
+  return { weights: [...weights], by_layer };
 }
 
 function chosen() {
@@ -136,50 +194,79 @@ function chosen() {
   return { sampler: at("sampler").value, steps: number("steps"), images: number("images"), seed: number("seed") };
 }
 
+// -- what runs -------------------------------------------------------------------------------------
+
+function begun(kind) {
+  state.running.add(kind);
+  state.stopped = false;
+  state.polling ||= setInterval(progress, POLL);
+}
+
+function ended(kind) {
+  state.running.delete(kind);
+  if (state.running.size) return;
+  clearInterval(state.polling);
+  state.polling = 0;
+  at("busy").hidden = true;
+}
+
+const KINDS = ["samples", "loss", "save"];
+const said = ([doing, done, total]) => (total ? `${doing}, ${done} of ${total}` : doing);
+
+async function progress() {
+  const told = await fetch(`api/progress?page=${page}&server=${state.facts.server}`).then((answer) => answer.json()).catch(() => ({}));
+  const found = KINDS.filter((kind) => state.running.has(kind) && Array.isArray(told[kind]));
+  at("busy").hidden = !found.length;
+  if (!found.length) return;
+  const first = found.find((kind) => !told[kind][0].startsWith("waiting")) ?? found[0], [, done, total] = told[first], bar = at("progress");
+  if (total) { bar.max = total; bar.value = done; } else bar.removeAttribute("value");
+  at("doing").textContent = said(told[first]);
+  if (found.includes("save")) say("saved", `Saving: ${told.save[2] && !told.save[0].startsWith("waiting") ? percent(told.save[1] / told.save[2]) : said(told.save)}`);
+}
+
+async function stop() {
+  clearTimeout(state.timer);
+  state.stopped = true;
+  await ask("api/stop", {}).catch((error) => say("status", error.message, true));
+}
+
+const superseded = () => (state.stopped ? "Stopped." : "Not finished: something newer was asked for. Ask again.");
+
 // -- samples ---------------------------------------------------------------------------------------
 
 async function sample() {
   const asked = ++state.asked, current = () => asked === state.asked;
-  state.pending?.abort();
-  state.pending = new AbortController();
   at("merged").setAttribute("aria-busy", "true");
-  const polling = setInterval(() => current() && progress("samples"), POLL);
+  begun("samples");
   try {
-    const choice = chosen();
-    const told = await ask("api/samples", { weights: state.weights, by_layer: state.by_layer, known: state.known, ...choice }, state.pending.signal);
-    if (current() && !told.superseded) show(told, choice);
+    const weights = weighed(), choice = chosen();
+    const told = await ask("api/samples", { ...weights, known: state.known, ...choice });
+    if (!current()) return;
+    if (told.superseded) say("status", superseded());
+    else show(told, weights, choice);
   } catch (error) {
-    if (current() && error.name !== "AbortError") say("status", failed(error), true);
+    if (current()) say("status", error.message, true);
   } finally {
-    clearInterval(polling);
-    if (current()) { at("merged").removeAttribute("aria-busy"); at("progress").hidden = true; }
+    if (current()) { at("merged").removeAttribute("aria-busy"); ended("samples"); }
   }
 }
 
-async function progress(kind) {
-  const told = await ask(`api/progress?page=${page}&kind=${kind}`).catch(() => ({}));
-  const bar = at("progress"), busy = at("merged").hasAttribute("aria-busy") || at("measure").disabled;
-  bar.hidden = !told.doing || !busy;
-  if (!told.doing) return;
-  bar.title = told.doing;
-  if (told.total) { bar.max = told.total; bar.value = told.done; } else bar.removeAttribute("value");
-}
-
-function show(told, { seed, images, sampler }) {
+function show(told, { weights, by_layer }, { seed, images }) {
   state.known = told.key;
-  const last = images > 1 ? `seeds ${seed} to ${seed + images - 1}` : `seed ${seed}`;
+  const last = images > 1 ? `seeds ${seed} to ${seed + images - 1}` : `seed ${seed}`, by = listed(weights, by_layer);
   if (told.base) fill("base", told.base, seed, told, `${images} samples of the base, ${last}`);
-  fill("merged", told.merged, seed, told, `${images} samples of the merged model, ${last}, w = ${state.weights.map(shown).join(", ")}`);
+  fill("merged", told.merged, seed, told, `${images} samples of the merged model, ${last}${by && `, ${by}`}`);
   fill("changes", told.changes, seed, told, `What changed from the base to the merged model, ${last}`);
   at("base-name").textContent = `· ${told.sampler} · ${last}`;
-  at("merged-name").textContent = `· w = (${state.weights.map(shown).join(", ")})`;
+  at("merged-name").textContent = by && `· ${by}`;
+  at("merged-name").title = state.facts.weighted ? weights.map(String).join(", ") : "";
   at("change").textContent = percent(told.change);
   at("change").title = "norm of θ merged − θ over the norm of θ";
   at("difference").textContent = `${told.difference.toFixed(2)} of 255`;
   at("difference").title = "mean absolute difference of a pixel, merged − base";
   at("merge-time").textContent = seconds(told.merge_seconds);
   at("sample-time").textContent = seconds(told.sample_seconds);
-  say("status", `${images} images by ${told.sampler}, ${last}.`);
+  say("status", `${images} ${images > 1 ? "images" : "image"} by ${told.sampler}, ${last}.`);
   at("command").textContent = told.command;
   at("command").hidden = at("measuring").hidden = !told.command;
   fit();
@@ -210,25 +297,23 @@ function mark(event) {
 // -- loss, saving ----------------------------------------------------------------------------------
 
 async function measure() {
-  const weights = [...state.weights], by_layer = state.by_layer;
   at("measure").disabled = true;
-  at("loss-rows").replaceChildren();
-  at("losses").hidden = true;
-  const polling = setInterval(() => progress("loss"), POLL);
+  begun("loss");
+  say("measured", "Measuring…");
   try {
-    const told = await ask("api/loss", { weights, by_layer });
-    if (told.superseded) return say("status", "The weights or the sampler changed: measure the loss again.");
+    const asked = weighed(), told = await ask("api/loss", asked);
+    if (told.superseded) return say("measured", state.stopped ? "Stopped." : "The weights or the sampler changed: measure again.");
     const rows = told.base.map((base, i) => row(state.facts.ranges[i], base, told.merged[i]));
     at("loss-rows").replaceChildren(...rows, row("all", ...told.overall));
-    at("loss-at").textContent = `At w = (${weights.map(shown).join(", ")}): ${told.images} images, ${told.draws} ${told.draws > 1 ? "draws" : "draw"} in each range`;
+    const by = listed(asked.weights, asked.by_layer), draws = `${told.draws} ${told.draws > 1 ? "draws" : "draw"} in each range`;
+    at("loss-at").textContent = `${by ? `At ${by}: ` : ""}${told.images} images, ${draws}`;
     at("losses").hidden = false;
-    say("status", `Loss: ${told.overall[1].toPrecision(4)}, the base's ${told.overall[0].toPrecision(4)}.`);
+    say("measured", `${told.overall[1].toPrecision(4)}, the base's ${told.overall[0].toPrecision(4)}.`);
   } catch (error) {
-    say("status", failed(error), true);
+    say("measured", error.message, true);
   } finally {
-    clearInterval(polling);
     at("measure").disabled = false;
-    if (!at("merged").hasAttribute("aria-busy")) at("progress").hidden = true;
+    ended("loss");
   }
 }
 
@@ -244,25 +329,30 @@ async function save(event) {
   event.preventDefault();
   at("save").disabled = true;
   at("loading").hidden = true;
+  begun("save");
   say("saved", "Saving…");
   try {
-    const told = await ask("api/save", { weights: state.weights, by_layer: state.by_layer, name: at("save-name").value });
+    const told = await ask("api/save", { ...weighed(), name: at("save-name").value });
+    if (told.superseded) return say("saved", "Stopped: nothing was saved.");
     say("saved", `Saved: ${told.folder}`);
     at("loading").textContent = `from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained(${JSON.stringify(told.folder)})`;
     if (told.unfolded.length) at("loading").textContent += `\n# with the projections after ${told.unfolded.join(", ")}: see README.md there`;
     at("loading").hidden = false;
+    at("save-name").value = told.next;
   } catch (error) {
-    say("saved", failed(error), true);
+    say("saved", error.message, true);
   } finally {
     at("save").disabled = false;
+    ended("save");
   }
 }
 
 async function begin() {
+  at("reload").addEventListener("click", () => location.reload());
   try {
     state.facts = await ask("api/facts");
   } catch (error) {
-    return say("status", failed(error), true);
+    return say("status", error.message, true);
   }
   build(state.facts);
   at("sampler").addEventListener("change", () => {
@@ -272,6 +362,7 @@ async function begin() {
   for (const id of ["steps", "images", "seed"]) at(id).addEventListener("input", () => changed(2 * DEBOUNCE));
   at("next").addEventListener("click", () => { at("seed").value = at("seed").valueAsNumber + at("images").valueAsNumber; changed(0); });
   at("measure").addEventListener("click", measure);
+  at("stop").addEventListener("click", stop);
   at("saving").addEventListener("submit", save);
   for (const id of ["weights", "sampling"]) at(id).addEventListener("submit", (event) => { event.preventDefault(); changed(0); });
   for (const id of GRIDS) for (const kind of ["pointerover", "pointerout"]) at(id).addEventListener(kind, mark);

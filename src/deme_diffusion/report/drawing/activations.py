@@ -23,12 +23,15 @@ MOST_TILES = 32
 """Along each side of a map."""
 MOST_NAMES = 16
 """Places that are all named on the axis."""
+FAR = 3.0
+"""What is so many times another is far more."""
 NOTHING = "\N{EN DASH}"
 
 
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
     """One picture: left and in the middle the place that changes most, right all places."""
     (figure,) = data
+    _check(figure)
     models, k = figure.meta["models"], _place(figure)
     return [
         Picture(
@@ -44,6 +47,15 @@ def pictures(data: Sequence[FigureData]) -> list[Picture]:
     ]
 
 
+def _check(figure: FigureData) -> None:
+    figure.require(("models", "places", "medians", "protocol"))
+    lengths = {"m": len(figure.meta["models"]), "k": len(figure.meta["places"])}
+    figure.require((), lengths, sizes="mk", variations="mk32")
+    for k in range(lengths["k"]):
+        for name in ("", "base_"):
+            figure.require((), lengths, **{f"{name}channels_{k}": "mc", f"{name}positions_{k}": "mp+"})
+
+
 def _place(figure: FigureData) -> int:
     """The place that changes most: by the median over models of the change's size."""
     return int(np.argmax(np.median(figure.arrays["sizes"], axis=0)))
@@ -53,36 +65,45 @@ def _place(figure: FigureData) -> int:
 
 
 def _caption(figure: FigureData, k: int) -> str:
-    meta, place = figure.meta, figure.meta["places"][k]
+    """What was found, with its numbers; then what is drawn, and on what."""
+    meta, on = figure.meta, figure.meta["protocol"]
     change, base = (
-        f"{_span(meta, f'{kind} channels')} along channels and {_span(meta, f'{kind} positions')} along space"
+        f"{_span(meta, f'{kind} channels')} along channels, {_span(meta, f'{kind} positions')} along space"
         for kind in ("change", "base")
     )
-    draws = "1 timestep" if meta["draws"] == 1 else f"{meta['draws']} timesteps"
+    draws = "1 timestep" if on["draws"] == 1 else f"{on['draws']} timesteps"
     return (
-        "ΔF is what a block gives in a finetuned or merged model less what it gives in the pretrained one, F, at the "
-        f"same x_t and t; mean |ΔF| is {_span(meta, 'size')} of mean |F|. {_verdict(figure)} |ΔF| itself varies by "
-        f"{change}; |F| by {base}. These are coefficients of variation, medians over {len(meta['places'])} blocks, "
-        "from the least to the greatest over the models, cleared of chance: of finitely many images, and of averaging "
-        f"over more or fewer entries. Left, not cleared, and middle: {place}, where most changes; right: all blocks "
-        f"({NOTHING}: a change within rounding). {meta['num_images']} images of the {meta['split']} split at {draws} "
-        f"of each range, seed {meta['seed']}."
+        f"{_verdict(figure)} Mean |ΔF| is {_span(meta, 'size')} of mean |F|, and varies by {change}; |F| by {base}. "
+        "ΔF: a block's output in a model less the pretrained one's, F. Coefficients of variation, cleared of "
+        f"chance: medians over {len(meta['places'])} blocks, least to greatest over models. Left (not cleared) and "
+        f"middle: {meta['places'][k]}; right: all, 0 where none is found. {on['num_images']} images of the "
+        f"{on['split']} split, {draws} of each range, seed {on['seed']}."
     )
 
 
 def _verdict(figure: FigureData) -> str:
     """What Fig. 2 argues, measured: where the change, relative to the base's own activations, varies."""
-    channels, positions = (_values(figure.meta, f"relative {axis}") for axis in ("channels", "positions"))
-    if not channels or not positions:
+    found = [_values(figure.meta, f"relative {axis}") for axis in ("channels", "positions")]
+    if not all(found):
         return "No variation along both axes can be told."
-    ratio = np.median(channels) / max(np.median(positions), 1e-9)
-    what = "differs far more along channels than" if ratio > 3 else "differs along channels and"
-    what = what if ratio > 1 / 3 else "differs far less along channels than"
+    channels, positions = (float(np.median(values)) for values in found)
     by = [_span(figure.meta, f"relative {axis}") for axis in ("channels", "positions")]
     return (
-        f"Relative to |F|, the change {what} along space: by {by[0]} from channel to channel, {by[1]} from position to "
-        "position."
+        f"Relative to |F|, the change {_differs(channels, positions)} along space: by {by[0]} from channel to channel, "
+        f"{by[1]} from position to position."
     )
+
+
+def _differs(channels: float, positions: float) -> str:
+    """How variation along channels and along space compare; one that is not above 0 was not found."""
+    if channels <= 0 or positions <= 0:
+        both = f"{'differs' if channels > 0 else 'is not found to differ'} along channels"
+        if (channels > 0) == (positions > 0):
+            return f"{both}, nor"
+        return f"{both}, {'and is not found to differ' if channels > 0 else 'but differs'}"
+    if channels > FAR * positions:
+        return "differs far more along channels than"
+    return "differs along channels and" if positions <= FAR * channels else "differs far less along channels than"
 
 
 def _values(meta: Mapping[str, Any], name: str) -> list[float]:
@@ -90,11 +111,15 @@ def _values(meta: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _span(meta: Mapping[str, Any], name: str) -> str:
-    """The least and the greatest over models, in percent."""
+    """The least and the greatest over models, in percent; of what was estimated not above 0, no number."""
     values = _values(meta, name)
     if not values:
         return NOTHING
+    if max(values) <= 0 and name != "size":
+        return "an amount not distinguishable from 0"
     low, high = (f"{100 * value:.2g}" if value < 1 else f"{100 * value:.0f}" for value in (min(values), max(values)))
+    if min(values) <= 0 and name != "size":
+        return f"at most {high} %"
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
@@ -143,7 +168,7 @@ def _sorted(values: Array) -> tuple[Array, Array]:
 
 
 def _places(axes: Any, figure: FigureData, i: int, colour: str) -> None:
-    varied, names = 100 * figure.arrays["variations"][i, :, RELATIVE], figure.meta["places"]
+    varied, names = 100 * np.maximum(figure.arrays["variations"][i, :, RELATIVE], 0.0), figure.meta["places"]
     highest = 100 * np.nanmax(np.append(figure.arrays["variations"][:, :, RELATIVE], 0.01))
     at = np.arange(len(names))
     axes.plot(at, varied[:, 0], "o-", color=colour, markersize=3.5, linewidth=1.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,15 +123,64 @@ def signed(value: float) -> str:
     return "0" if value == 0 else f"{value:+,.6g}%".replace("-", MINUS)
 
 
+def rounded(change: float | None) -> str:
+    """A relative change in per cent, to two digits."""
+    return "not finite" if change is None else signed(float(f"{100 * change:.2g}"))
+
+
+def plus_minus(told: Mapping[str, float | None]) -> str:
+    """A relative `change` with its standard `error`, both in per cent, to the error's second digit."""
+    change, error = told["change"], told["error"]
+    if change is None or not error:
+        return rounded(change)
+    digits = int(np.clip(1 - np.floor(np.log10(100 * error)), 0, 9))
+    return f"{100 * change:+,.{digits}f} ± {100 * error:.{digits}f}%".replace("-", MINUS)
+
+
+def within_noise(told: Mapping[str, float | None]) -> bool:
+    """Whether a change is less than two standard errors from 0."""
+    return told["change"] is not None and abs(told["change"]) < 2 * (told["error"] or 0.0)
+
+
+def is_gain(told: Mapping[str, float | None]) -> bool:
+    """Whether a loss is below the base's by two standard errors or more."""
+    return told["change"] is not None and told["change"] < 0 and not within_noise(told)
+
+
+def compared(told: Mapping[str, float | None]) -> str:
+    """`plus_minus`, and whether that is within noise."""
+    return f"{plus_minus(told)}{' (within noise)' if within_noise(told) else ''}"
+
+
+def tested(least: Mapping[str, Any], cells: int) -> str:
+    """The least loss of a grid in a sentence: it is picked, so it is judged by images that it was not picked on."""
+    if least["change"] is None:
+        return "The base's loss is not finite."
+    if not least["change"]:
+        return f"None of the {cells:,} models drawn is better than the base."
+    verdict = "" if is_gain(least["tested"]) else ", within noise" if within_noise(least["tested"]) else ", no gain"
+    return (
+        f"The least of the {cells:,} models drawn, {rounded(least['change'])}, is picked; tested on other images: "
+        f"{plus_minus(least['tested'])}{verdict}."
+    )
+
+
+def loss_name(protocol: Mapping[str, Any]) -> str:
+    """What the loss on this split is called."""
+    return "Training loss" if protocol["split"] == "train" else "Denoising loss on held-out images"
+
+
 def marked(
     axes: Any, x: float, y: float, marker: str, colour: str, label: str, *, size: float = 7, hollow: bool = False
 ) -> None:
     """One model on a map, with an edge that makes it stand out of every colour."""
+    cross = marker == "X"  # white, so its stroke is black, and thin, so that it stays hollow
+    stroke = withStroke(linewidth=2.4 if cross else 3.4, foreground="black" if cross else "white")
     edge = "white" if colour.startswith("#0") or marker == "o" else "black"
     axes.plot(
         [x], [y], marker, color="none" if hollow else colour, markersize=size, linestyle="none", label=label, zorder=5,
-        markeredgecolor=colour if hollow else edge, markeredgewidth=2 if hollow else 0.9, clip_on=False,
-        path_effects=[withStroke(linewidth=3.4, foreground="white")] if hollow else None,
+        markeredgecolor=colour if hollow else edge, markeredgewidth=(1.0 if cross else 2) if hollow else 0.9,
+        clip_on=False, path_effects=[stroke] if hollow else None,
     )  # fmt: skip
 
 

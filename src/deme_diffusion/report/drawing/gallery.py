@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import stat
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from deme_diffusion.config import FigureName
@@ -15,7 +19,16 @@ from deme_diffusion.errors import MachineError, UserError, nearest
 from deme_diffusion.figure_file import FigureData, read_figure
 from deme_diffusion.files import canonical_digest, file_digest, link, write_bytes, write_json
 from deme_diffusion.report import figures
-from deme_diffusion.report.drawing import activations, landscape, plane, similarity, trajectory, vectors
+from deme_diffusion.report.drawing import (
+    activations,
+    contours,
+    landscape,
+    picture,
+    plane,
+    similarity,
+    trajectory,
+    vectors,
+)
 from deme_diffusion.report.drawing.picture import Picture
 from deme_diffusion.report.figures import svg_and_png_of
 
@@ -31,6 +44,13 @@ DRAWINGS: Mapping[FigureName, Callable[[Sequence[FigureData]], list[Picture]]] =
 }
 TOGETHER = ("similarity",)
 """Figures whose data are several files, drawn together."""
+SHARED: tuple[ModuleType, ...] = (picture, contours, figures)
+BESIDE: Mapping[str, tuple[ModuleType, ...]] = {"plane": (landscape,)}
+"""What draws figures beside their own modules: all of them, and some."""
+STEM = re.compile(r"\w[\w.+-]*")
+DATA = re.compile(rf"{FOLDER}/\w[\w.+-]*\.npz")
+"""Names of pictures, and of the data linked beside them."""
+MOST_INCHES = 100
 Entry = dict[str, Any]
 """A figure in the index: kind, stamp (what it was drawn from, and by), and its pictures as the page takes them."""
 
@@ -45,7 +65,7 @@ def draw_figures(folder: Path, data: Mapping[FigureName, Mapping[str, Path]]) ->
     known = _known(folder)
     entries: dict[str, Entry] = dict(known)
     for kind, files in data.items():
-        stamp = {"drawn": _drawings(), **{stem: file_digest(file) for stem, file in files.items()}}
+        stamp = {"drawn": _drawn_by(kind), **{stem: file_digest(file) for stem, file in files.items()}}
         _linked(folder, files)
         if kind in known and known[kind]["stamp"] == stamp and _whole(folder, known[kind]):
             continue
@@ -126,11 +146,16 @@ def _drawn(folder: Path, inner: str, kind: str, picture: Picture, data: Sequence
     return {**told, "width": picture.width, "height": picture.height, **names, "data": list(data)}
 
 
+def _drawn_by(kind: FigureName) -> str:
+    """What draws a figure: where it changes, its pictures on disk are drawn again, and no others."""
+    own = sys.modules[DRAWINGS[kind].__module__]
+    files = [str(module.__file__) for module in (own, *BESIDE.get(kind, ()), *SHARED)]
+    return canonical_digest([_digest(file) for file in files])[:16]
+
+
 @cache
-def _drawings() -> str:
-    """What draws: where it changes, pictures on disk are drawn again."""
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(figures.__file__)]
-    return canonical_digest([file_digest(source) for source in sources if source.is_file()])[:16]
+def _digest(source: str) -> str:
+    return file_digest(Path(source)) if Path(source).is_file() else ""
 
 
 def _said(error: Exception) -> str:
@@ -141,14 +166,35 @@ def _said(error: Exception) -> str:
 
 
 def _known(folder: Path) -> dict[str, Entry]:
-    """What was drawn before, by kind; nothing where that cannot be told."""
+    """What was drawn before, by kind; without entries that `_drawn` would not have written, be it for their paths."""
     try:
         held = json.loads((folder / FOLDER / INDEX).read_text(encoding="utf-8"))
-        found = {entry["kind"]: entry for entry in held if entry["kind"] in DRAWINGS and entry["stamp"]}
-        _files(found.values())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return {}
-    return found
+    return {entry["kind"]: entry for entry in held if _is_entry(entry)} if isinstance(held, list) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(kind := entry.get("kind"), str) or kind not in DRAWINGS:
+        return False
+    stamp, pictures = entry.get("stamp"), entry.get("pictures")
+    return isinstance(stamp, dict) and isinstance(pictures, list) and all(_is_picture(kind, one) for one in pictures)
+
+
+def _is_picture(kind: str, one: Any) -> bool:
+    """Whether the index of a run folder, which may be a stranger's, names a picture in the folder `figures`."""
+    if not isinstance(one, dict) or not isinstance(data := one.get("data"), list):
+        return False
+    texts = [one.get(name) for name in ("name", "title", "caption", "alt", "svg", "png")]
+    if one.get("kind") != kind or not all(isinstance(text, str) for text in (*texts, *data)):
+        return False
+    files = [f"{FOLDER}/{one['name']}.{ending}" for ending in ("svg", "png")]
+    placed = STEM.fullmatch(one["name"]) and [one["svg"], one["png"]] == files and all(map(DATA.fullmatch, data))
+    return bool(placed) and _is_size(one.get("width")) and _is_size(one.get("height"))
+
+
+def _is_size(inches: Any) -> bool:
+    return isinstance(inches, int | float) and not isinstance(inches, bool) and 0 < inches <= MOST_INCHES
 
 
 def _files(entries: Iterable[Entry]) -> set[str]:
@@ -158,7 +204,16 @@ def _files(entries: Iterable[Entry]) -> set[str]:
 
 
 def _whole(folder: Path, entry: Entry) -> bool:
-    return all((folder / name).is_file() for name in _files([entry]))
+    """Whether its pictures are there: files of their own, since a link may lead to anything."""
+    return all(_is_own_file(folder / picture[ending]) for picture in entry["pictures"] for ending in ("svg", "png"))
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether it is a regular file, and no symlink."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _linked(folder: Path, files: Mapping[str, Path]) -> None:

@@ -10,7 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from deme_diffusion.figure_file import FigureData
-from deme_diffusion.report.drawing.contours import MINUS, bar, brief, levels, marked, percent, relief, signed
+from deme_diffusion.report.drawing.contours import (
+    bar,
+    brief,
+    is_gain,
+    levels,
+    loss_name,
+    marked,
+    percent,
+    relief,
+    rounded,
+    tested,
+)
 from deme_diffusion.report.drawing.picture import Picture
 from deme_diffusion.report.figures import COLOURS, INK
 
@@ -22,6 +33,7 @@ MOST_RANGES, MOST_NAMED = 8, 10
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
     """One picture: a map for all timesteps and for each range; curves, where there is one direction only."""
     (figure,) = data
+    figure.require(("experts", "radius", "protocol", "directions", "told"), loss="rpq", overall="pq", a="p", b="q")
     drawings = {2: _maps, 1: _curves, 0: _nothing}
     dimensions = sum(len(figure.arrays[name]) > 1 for name in "ab")
     draw, width, height = drawings[dimensions](figure)
@@ -104,7 +116,9 @@ def _models(axes: Any, figure: FigureData, told: Mapping[str, Any]) -> None:
         name = brief(figure.meta["experts"][k], k) if len(figure.meta["experts"]) <= MOST_NAMED else "_"
         marked(axes, a, b, "o", COLOURS[k % len(COLOURS)], name, size=size)
     if told["least"] and (told["least"]["a"] or told["least"]["b"]):
-        marked(axes, told["least"]["a"], told["least"]["b"], "X", "#FFFFFF", "least loss of the grid", size=8)
+        real, at = is_gain(told["least"]["tested"]), (told["least"]["a"], told["least"]["b"])
+        name = f"least loss of the grid{'' if real else ', within noise'}"
+        marked(axes, *at, "X", "#FFFFFF", name, size=8 if real else 10, hollow=not real)
 
 
 def _legend(canvas: Any, every: Sequence[Any]) -> None:
@@ -153,24 +167,23 @@ def _along(figure: FigureData, k: int) -> str:
 
 
 def caption(figure: FigureData, dimensions: int) -> str:
-    """What is drawn, on what, and the numbers."""
+    """What was found, with its numbers; then what is drawn, and on what."""
     meta, rows = figure.meta, panels(figure)
+    name, _, whole = rows[0]
     if not dimensions:
-        return f"All task vectors are 0, so there is no direction to go; {rows[0][0]}: {_number(rows[0][2]['base'])}."
-    where = "base + a d1 + b d2" if dimensions == 2 else "base + a d1"
-    cells = " x ".join(str(len(figure.arrays[name])) for name in "ab"[:dimensions])
-    parts = [f"Training loss at {where}, {cells} models, on {noise_of(meta['protocol'])}.", _which(meta)]
+        return f"All task vectors are 0, so there is no direction to go; loss over {name}: {_number(whole['base'])}."
+    cells = figure.arrays["overall"].size
+    ranges = f" ({', '.join(f'{range_} {_rise(row)}' for range_, _, row in rows[1:])})" if rows[1:] else ""
+    parts = [
+        f"From the middle to the border the loss changes by {_rise(whole)} on average{ranges}.",
+        tested(whole["least"], cells) if whole["least"] else "No model of the grid has a finite loss.",
+        f"{loss_name(meta['protocol'])} at base{' + a d1 + b d2' if dimensions == 2 else ' + a d1'} against the "
+        f"base's in that range (over {name} {_number(whole['base'])}), on {noise_of(meta['protocol'])}.",
+        _which(meta),
+    ]
     if "coordinates" in figure.arrays and dimensions == 2:
         off = int((np.abs(figure.arrays["coordinates"]).max(axis=1) > meta["radius"]).sum())
         parts.append(f"Experts stand where they project to{f'; {off} outside the map' if off else ''}.")
-    if dimensions == 2:
-        parts.append(
-            "Colours are what the loss is above the base's in the same range, in steps of about a factor, alike in all "
-            "panels: where the base's loss is small, little is much. Lines are interpolated between the models."
-        )
-    told = [f"{name}: {_number(row['base'])}, {_rise(row)}" for name, _, row in rows]
-    parts.append(f"Loss of the base, and mean change on the border: {'; '.join(told)}.")
-    parts.append(_least(rows[0][2]))
     return " ".join(parts)
 
 
@@ -179,33 +192,18 @@ def noise_of(protocol: Mapping[str, Any]) -> str:
     draws = "" if protocol["draws"] == 1 else f", {protocol['draws']} timesteps each"
     per = "each range" if len(protocol["ranges"]) > 1 else "[0,T)"
     return (
-        f"{protocol['num_images']:,} images of the {protocol['split']} split in {per}{draws}, "
-        "with the same timesteps and noise for all"
+        f"{protocol['num_images']:,} images of the {protocol['split']} split in {per}{draws}, timesteps and noise alike"
     )
 
 
 def _which(meta: Mapping[str, Any]) -> str:
     if meta["directions"] == "random":
-        return (
-            "The directions are random and filter-normalised (Li et al. 2018): at 1, each filter is changed by as much "
-            "as its own norm; biases and norms stay."
-        )
+        return "Directions: random, 1 being each filter's own norm (Li et al. 2018); biases and norms stay."
     shares = " and ".join(f"{share:.0%}" for share in meta["shares"])
     return (
-        f"The directions are the task vectors' leading ones (PCA about the base), with {shares or 'none'} of their "
-        f"squared norms; 1 is their root mean square norm, {meta['unit_length']:.3g}."
+        f"Directions: the task vectors' leading ones (PCA), {shares or 'none'} of their squared norms; 1: their root "
+        f"mean square norm, {meta['unit_length']:.3g}."
     )
-
-
-def _least(row: Mapping[str, Any]) -> str:
-    least = row["least"]
-    if least is None:
-        return "No model of the grid has a finite loss."
-    if not least["a"] and not least["b"]:
-        return "Over all timesteps no model of the grid is better than the base."
-    at = f"({least['a']:.3g}, {least['b']:.3g})".replace("-", MINUS)
-    change = signed(float(f"{100 * (least['loss'] / row['base'] - 1):.2g}")) if row["base"] else "?"
-    return f"Least loss over all timesteps: {_number(least['loss'])} ({change}) at {at}."
 
 
 def _number(value: float | None) -> str:
@@ -213,7 +211,7 @@ def _number(value: float | None) -> str:
 
 
 def _rise(row: Mapping[str, Any]) -> str:
-    return "not finite" if row["rise"] is None else signed(float(f"{100 * row['rise']:.2g}"))
+    return rounded(row["rise"])
 
 
 def _alt(figure: FigureData) -> str:

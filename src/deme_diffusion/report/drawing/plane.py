@@ -9,7 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from deme_diffusion.figure_file import FigureData
-from deme_diffusion.report.drawing.contours import MINUS, bar, brief, levels, marked, percent, relief, signed
+from deme_diffusion.report.drawing.contours import (
+    MINUS,
+    bar,
+    brief,
+    compared,
+    is_gain,
+    levels,
+    loss_name,
+    marked,
+    percent,
+    plus_minus,
+    relief,
+    rounded,
+    tested,
+)
 from deme_diffusion.report.drawing.landscape import noise_of
 from deme_diffusion.report.drawing.picture import Picture
 from deme_diffusion.report.figures import COLOURS, INK
@@ -28,12 +42,15 @@ FAR = 2.0
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
     """One picture: the map with its models; a curve where the task vectors span no plane."""
     (figure,) = data
+    facts = ("experts", "pair", "lengths", "cosine", "optimum", "protocol", "marks")
+    figure.require(facts, loss="rpq", overall="pq", x="p", y="q")
     i, j = figure.meta["pair"]
+    loss = loss_name(figure.meta["protocol"])
     if figure.arrays["x"].size > 1 and figure.arrays["y"].size > 1:
-        title = f"Training loss on the plane of the task vectors of expert {i} and expert {j}"
-        return [Picture("plane", title, _caption(figure), _alt(figure), lambda canvas: _map(canvas, figure), 7.0, 4.1)]
+        title = f"{loss} over the plane of the task vectors of expert {i} and expert {j}"
+        return [Picture("plane", title, _caption(figure), _alt(figure), lambda canvas: _map(canvas, figure), 7.0, 3.9)]
     k = i if figure.arrays["x"].size > 1 or i == j else j
-    title = f"Training loss along the task vector of expert {k}"
+    title = f"{loss} along the task vector of expert {k}"
     return [Picture("plane", title, _caption(figure), _alt(figure), lambda canvas: _curve(canvas, figure), 7.0, 3.2)]
 
 
@@ -63,11 +80,11 @@ def _map(canvas: Any, figure: FigureData) -> None:
     bar(canvas, bands, [axes], at)
     canvas.legend(
         loc="outside right upper",
-        fontsize=8,
-        handletextpad=0.6,
+        fontsize=7,
+        handletextpad=0.4,
         labelspacing=0.7,
-        title="(x, y): loss above the base's",
-        title_fontsize=8,
+        title="(x, y): loss above the base's\n± standard error",
+        title_fontsize=7,
     )
 
 
@@ -97,8 +114,9 @@ def _place(axes: Any, figure: FigureData) -> None:
                 limit[:] = [min(limit[0], mark[name] - margin), max(limit[1], mark[name] + margin)]
             _draw_mark(axes, mark["x"], mark["y"], mark, figure)
     if best := figure.meta["optimum"]:
-        told = _told("optimum of the grid", best["x"], best["y"], best["loss"], figure)
-        marked(axes, best["x"], best["y"], "X", "#FFFFFF", told, size=8)
+        real, at = is_gain(best["tested"]), _at(best["x"], best["y"])
+        label = f"least of the grid{'' if real else ', within noise'}\n{at}: {plus_minus(best['tested'])}"
+        marked(axes, best["x"], best["y"], "X", "#FFFFFF", label, size=8 if real else 10, hollow=not real)
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
@@ -139,58 +157,49 @@ def _low(index: int) -> str:
 
 def _label(mark: Mark, figure: FigureData) -> str:
     name = "pretrained" if mark["role"] == "base" else brief(mark["name"], mark["index"])
-    return _told(name, mark["x"], mark["y"], mark["losses"][0], figure)
-
-
-def _told(name: str, x: float, y: float, loss: float | None, figure: FigureData) -> str:
-    return f"{name}\n{_at(x, y)}: {_change(loss, figure)}"
+    return f"{name}\n{_at(mark['x'], mark['y'])}: {plus_minus(mark)}"
 
 
 def _at(x: float, y: float) -> str:
     return f"({x:.2f}, {y:.2f})".replace("-0.00", "0.00").replace("-", MINUS)
 
 
-def _change(loss: float | None, figure: FigureData) -> str:
-    base = _base(figure)
-    return "not finite" if loss is None or not base else signed(float(f"{100 * (loss / base - 1):.2g}"))
-
-
 def _caption(figure: FigureData) -> str:
-    meta = figure.meta
-    i, j = meta["pair"]
-    two = min(figure.arrays[name].size for name in "xy") > 1
-    cells = " x ".join(str(figure.arrays[name].size) for name in "xy" if figure.arrays[name].size > 1) or "1"
-    where = (
-        f"base + x u + y v, u the task vector of expert {i} (length {meta['lengths'][0]:.3g}) and v the part of expert "
-        f"{j}'s that is orthogonal to it (length {meta['lengths'][1]:.3g}; cosine of the two {meta['cosine']:.2f})"
-    )
-    line = f"base + c times the task vector{'' if i == j else ', since two span no plane here'}"
-    parts = [f"Loss over all timesteps at {where if two else line}: {cells} models, on {noise_of(meta['protocol'])}."]
-    parts += [_of_marks(figure)]
-    best = meta["optimum"]
-    if best:
-        at = _at(best["x"], best["y"])
-        parts.append(f"Optimum of the grid: {best['loss']:.5g} ({_change(best['loss'], figure)}) at {at}.")
-    else:
-        parts.append("No model of the grid has a finite loss.")
+    """What was found, with its numbers; then what is drawn, and on what."""
+    meta, best, told = figure.meta, figure.meta["optimum"], _in_caption(figure)
+    changes = [f"{_name(mark)} {compared(mark)}" for mark in told]
+    if others := [mark for mark in meta["marks"][1:] if mark not in told]:
+        finite = [mark["change"] for mark in others if mark["change"] is not None] or [None]
+        changes.append(f"{len(others)} other{'s' * (len(others) > 1)} {rounded(min(finite))} to {rounded(max(finite))}")
+    parts = [f"Loss over [0,T) against the pretrained model's {_number(_base(figure))}: {', '.join(changes)}."]
+    parts.append(tested(best, figure.arrays["overall"].size) if best else "No model of the grid has a finite loss.")
+    parts.append(f"{_drawn(figure)}; {noise_of(meta['protocol'])}; ±: standard error.")
+    if off := [f"{_name(mark)} {mark['distance']:.0%}" for mark in _named(figure) if _off(mark)]:
+        parts.append(f"Off the plane, by their task vectors' lengths: {', '.join(off)}.")
     return " ".join(parts)
 
 
-def _of_marks(figure: FigureData) -> str:
-    """Where models stand, their losses, and how far from the plane they are."""
-    base, *others = _named(figure)
-    told = [f"{mark['name']} {_number(mark['losses'][0])} ({_change(mark['losses'][0], figure)})" for mark in others]
-    text = f"Losses of the models themselves: pretrained {_number(base['losses'][0])}, {', '.join(told)}."
-    if unnamed := [mark for mark in figure.meta["marks"] if mark not in _named(figure)]:
-        losses = [mark["losses"][0] for mark in unnamed if mark["losses"][0] is not None] or [None]
-        text += f" {len(unnamed)} other experts: {_number(min(losses))} to {_number(max(losses))}."
-    off = [f"{mark['name']} {mark['distance']:.0%}" for mark in others if _off(mark)]
-    if off:
-        text += (
-            " Off the plane, and drawn where they project to (experts as rings); distance by the length of the task "
-            f"vector: {', '.join(off)}."
-        )
-    return text
+def _in_caption(figure: FigureData) -> list[Mark]:
+    """The merged model, and the plane's two; all of three models."""
+    marks: list[Mark] = figure.meta["marks"][1:]
+    kept = [m for m in marks if len(marks) <= 3 or m["role"] != "expert" or m["index"] in figure.meta["pair"]]
+    return sorted(kept, key=lambda mark: bool(mark["role"] == "expert"))
+
+
+def _name(mark: Mark) -> str:
+    return f"expert {mark['index']}" if mark["role"] == "expert" else str(mark["name"])
+
+
+def _drawn(figure: FigureData) -> str:
+    """What the map, or the curve, is of."""
+    i, j = figure.meta["pair"]
+    if min(figure.arrays[name].size for name in "xy") == 1:
+        return f"Drawn: base + c times the task vector{'' if i == j else ', since two span no plane here'}"
+    u, v = figure.meta["lengths"]
+    return (
+        f"Map: base + x u + y v, u = τ{_low(i)} (length {u:.3g}), v the part of τ{_low(j)} orthogonal to it ({v:.3g}; "
+        f"cosine {figure.meta['cosine']:.2f})"
+    )
 
 
 def _number(loss: float | None) -> str:
@@ -200,6 +209,6 @@ def _number(loss: float | None) -> str:
 def _alt(figure: FigureData) -> str:
     best, (i, j) = figure.meta["optimum"], figure.meta["pair"]
     shape = "Contour map" if min(figure.arrays[name].size for name in "xy") > 1 else "Curve"
-    where = f" Least loss at {_at(best['x'], best['y'])}, {_change(best['loss'], figure)}." if best else ""
-    changes = ", ".join(f"{m['name']} {_change(m['losses'][0], figure)}" for m in _named(figure)[1:])
+    where = f" Least loss at {_at(best['x'], best['y'])}, tested {compared(best['tested'])}." if best else ""
+    changes = ", ".join(f"{mark['name']} {plus_minus(mark)}" for mark in _named(figure)[1:])
     return f"{shape} of the loss around the base along experts {i} and {j}.{where} Models against the base: {changes}."

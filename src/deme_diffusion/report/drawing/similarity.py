@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import FigureData
 from deme_diffusion.report.drawing.picture import Picture
 from deme_diffusion.report.figures import COLOURS, DIVERGING, INK, colour_bar
@@ -21,7 +20,11 @@ BLUE, RED = COLOURS[0], COLOURS[1]
 PIXELS, FEWER_PIXELS = 160, 80
 """A side of the heatmap of [0, T), and of a range's, at most: more bins are drawn as means, to keep an SVG small."""
 STEPS = 100
-"""Steps of the line of agreement, at most."""
+"""Steps of the line below the histogram, at most."""
+ERRORS, FEW, FARTHEST = 2.0, 10.0, 1000.0
+"""Standard errors from which a bin is determined, up to which their axis is linear, and at which it ends."""
+LISTED = 4
+"""Ranges that the caption tells one by one."""
 TOP, ROW = 3.3, 2.75
 """Inches that [0, T) and a row of ranges are high."""
 
@@ -33,7 +36,8 @@ class Part:
     meta: Mapping[str, Any]
     cosine: Array
     edges: Array
-    agreement: Array
+    beyond: Array
+    """(K,) the expected gradients' squared norms over their standard errors."""
 
     @property
     def name(self) -> str:
@@ -51,6 +55,11 @@ class Part:
     @property
     def share(self) -> str:
         return _percent(self.meta["conflicting"])
+
+    @property
+    def determined(self) -> int:
+        """Bins whose expected gradient is told from noise."""
+        return int(self.meta["determined"])
 
     @property
     def axis(self) -> str:
@@ -76,20 +85,21 @@ def pictures(data: Sequence[FigureData]) -> list[Picture]:
 
     alt = f"Heatmap and histogram of cosines between gradients. In {first.name}: {_seen(first)}"
     alt += "".join(f" Within {part.name}: {_seen(part)}" for part in ranges)
-    title = "Do timesteps agree? Similarity of gradients between timesteps"
+    title = "Do timesteps agree? Similarity of gradients on the same images and noise"
     return [Picture("similarity", title, _caption(first, ranges), alt, draw, 7.0, TOP + ROW * rows)]
 
 
 def _part(data: FigureData) -> Part:
-    try:
-        cosine, edges, agreement = (np.asarray(data.arrays[n], float) for n in ("cosine", "edges", "agreement"))
-        for name in ("name", "edges", "conflicting", "conflicting_least", "conflicting_most", "conflicting_halves"):
-            data.meta[name]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"data of gradient similarity: {error} is missing or broken; make them again") from None
-    if cosine.shape != (len(edges) - 1,) * 2 or agreement.shape != cosine.shape[:1] or not len(cosine):
-        raise UserError(f"data of gradient similarity: cosines {cosine.shape} for {len(edges)} edges; make them again")
-    return Part(data.meta, cosine, edges, agreement)
+    shares = ("conflicting", "conflicting_least", "conflicting_most", "mean", "error", "determined")
+    protocol = ("name", "edges", "split", "num_images", "groups", "parameters", "sketch")
+    bins = len(data.arrays.get("cosine", ()))
+    data.require([*protocol, *shares], {"e": bins + 1}, cosine="kk", cross="kk", cross_error="k", edges="e")
+    cosine, edges, cross, error = (
+        np.asarray(data.arrays[name], float) for name in ("cosine", "edges", "cross", "cross_error")
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # without noise, or a gradient, there is no error
+        beyond = np.diagonal(cross) / error
+    return Part(data.meta, cosine, edges, np.nan_to_num(beyond, nan=0.0, posinf=FARTHEST, neginf=-FARTHEST))
 
 
 def _limit(parts: Sequence[Part]) -> float:
@@ -117,9 +127,8 @@ def _large(block: Any, part: Part, limit: float) -> None:
     axes = block.add_subplot(grid[0, 1])
     _histogram(axes, part)
     axes.set(xlabel="cosine of two gradients", ylabel="% of pairs")
-    halves = part.meta["conflicting_halves"]
-    axes.set_title(f"{part.share} of pairs conflict" + f"\n(halves of the images: {_both(halves)})" * bool(halves))
-    _agreement(block.add_subplot(grid[1, 1]), part)
+    axes.set_title(f"{part.share} of pairs conflict\non these {part.meta['num_images']} images and their noise")
+    _determined(block.add_subplot(grid[1, 1]), part)
 
 
 def _small(block: Any, parts: Sequence[Part], columns: int, limit: float) -> None:
@@ -174,16 +183,22 @@ def _histogram(axes: Any, part: Part) -> None:
     axes.yaxis.get_major_locator().set_params(nbins=3)
 
 
-def _agreement(axes: Any, part: Part) -> None:
-    """How well two halves of the images agree about a bin: where they do not, its cosines are noise."""
+def _determined(axes: Any, part: Part) -> None:
+    """How far a bin's expected gradient is from 0, in standard errors: where it is near, images and noise decide."""
     starts = np.arange(steps := min(part.bins, STEPS)) * part.bins // steps
-    means = np.add.reduceat(part.agreement, starts) / np.diff(np.append(starts, part.bins))
+    means = np.add.reduceat(part.beyond, starts) / np.diff(np.append(starts, part.bins))
     edges = np.append(part.edges[starts], part.edges[-1])
+    low, high = min(-3.0, 1.2 * float(means.min())), max(5.0, 1.2 * float(means.max()))
     axes.stairs(means, edges, color=COLOURS[2], linewidth=1.3, baseline=None)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1], xlim=(part.edges[0], part.edges[-1]), xlabel=part.axis)
-    axes.set_ylabel("cosine")
-    axes.set_title("agreement of two halves of the images", fontsize=8)
+    axes.axhline(ERRORS, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    if max(high, -low) > FEW:
+        axes.set_yscale("symlog", linthresh=2 * ERRORS)
+    ticks = [-100, 0, ERRORS, 10, 100, FARTHEST] if max(high, -low) > FEW else [-ERRORS, 0, ERRORS, 4]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(ylim=(low, high), xlim=(part.edges[0], part.edges[-1]), xlabel=part.axis, ylabel="std. errors")
+    axes.set_title(f"{part.determined} of {part.bins} bins told from noise (above {ERRORS:g})", fontsize=8)
 
 
 def thinned(matrix: Array, most: int) -> Array:
@@ -200,71 +215,55 @@ def thinned(matrix: Array, most: int) -> Array:
 
 
 def _caption(first: Part, ranges: Sequence[Part]) -> str:
+    """The finding, a newline, and how it was made."""
     meta = first.meta
-    told = [
-        "Cosine similarity between the pretrained model's gradients of the denoising loss in two bins of timesteps, on "
-        f"{meta['num_images']} images of the {meta['split']} split (the same, with the same noise, in every bin). "
-        f"Blue: the gradients conflict. In {first.name} {first.share} of the pairs of {first.bins} bins do"
-        + (f"; within {_listed([_share(part) for part in ranges])}." if ranges else "."),
-        _error(first),
-        _noise(first, ranges),
-    ]
+    told = f"On these {meta['num_images']} images and their noise, gradients of {first.share} of the pairs of bins of "
+    told += f"{first.name} conflict (blue){_inside(ranges)}. {_expected(first, ranges)}"
+    made = f"The pretrained model's gradients of the denoising loss, on {meta['split']} images; sharing them biases "
+    made += f"cosines upwards. Products of {meta['groups']} groups of images are unbiased: above {ERRORS:g} standard "
+    made += f"errors a bin stands out. {_error(first)}"
     thin = [part for part, most in [(first, PIXELS), *((p, FEWER_PIXELS) for p in ranges)] if part.bins > most]
     if thin:
-        told.append("Heatmaps of more bins than they have pixels show means over neighbouring bins.")
-    return " ".join(sentence for sentence in told if sentence)
+        made += " Heatmaps of more bins than pixels show means."
+    return f"{told}\n{made}"
 
 
-def _share(part: Part) -> str:
-    """A range's share, and those on either half of the images where they are others."""
-    share, halves = part.meta["conflicting"], part.meta["conflicting_halves"]
-    differ = any(abs(half - share) > 0.02 for half in halves)
-    return f"{part.name} {part.share}" + (f" ({_either(halves)})" if differ else "")
+def _inside(ranges: Sequence[Part]) -> str:
+    if len(ranges) > LISTED:
+        least, most = (choose(part.meta["conflicting"] for part in ranges) for choose in (min, max))
+        return f"; within its {len(ranges)} parts {_percent(least)} to {_percent(most)}"
+    return f"; within {_listed([f'{part.name} {part.share}' for part in ranges])}" if ranges else ""
 
 
-def _either(halves: Sequence[float]) -> str:
-    return f"{_both(halves)} on either half of the images alone"
-
-
-def _both(halves: Sequence[float]) -> str:
-    return " and ".join(map(_percent, halves))
+def _expected(first: Part, ranges: Sequence[Part]) -> str:
+    """What holds beyond these images and their noise."""
+    told = f"{first.determined} of {first.bins} bins"
+    if ranges:
+        told += f" ({sum(part.determined for part in ranges)} of {sum(part.bins for part in ranges)} within)"
+    if "expected" not in first.meta:
+        return f"Whether expected gradients do is not determined: {told} stand out from noise."
+    least, most = (_percent(first.meta[f"expected_{end}"]) for end in ("least", "most"))
+    bounds = "" if least == most else f" ({least} to {most})"
+    return (
+        f"Of expected gradients {_percent(first.meta['expected'])}{bounds} do, by the {told} that stand out from noise."
+    )
 
 
 def _error(part: Part) -> str:
     meta = part.meta
     if not meta["error"]:
-        return "Cosines are exact for these images."
+        return "No projection."
     least, most = _percent(meta["conflicting_least"]), _percent(meta["conflicting_most"])
-    left = "which leaves that share as it is" if least == most else f"by which that share may be {least} to {most}"
-    return (
-        f"Gradients were projected from {meta['parameters']:,} to {meta['sketch']:,} dimensions: a standard error of "
-        f"at most {meta['error']:.2g} in each cosine, {left} (at two errors)."
-    )
-
-
-def _noise(first: Part, ranges: Sequence[Part]) -> str:
-    """What other images might have shown."""
-    if not first.meta["conflicting_halves"]:
-        return "They are gradients of one image: another one would give others."
-    told = f"Other images would give other shares: {_either(first.meta['conflicting_halves'])}."
-    doubtful, inside = (f"{sum(map(_noisy, some))} of {sum(p.bins for p in some)}" for some in ([first], ranges))
-    if any(map(_noisy, [first, *ranges])):
-        told += f" In {doubtful} bins" + (f", and {inside} of the ranges," if ranges else "")
-        told += " the two halves agree by a cosine below 0.5: there noise prevails, and only more images"
-        told += " (similarity.num_images) would tell."
-    return told
-
-
-def _noisy(part: Part) -> int:
-    """Bins about which the halves of the images hardly agree."""
-    return int((part.agreement < 0.5).sum())
+    bounds = f"{part.share} stays" if least == most else f"{part.share} may be {least} to {most}"
+    return f"Projected from {meta['parameters']:,} to {meta['sketch']:,} dimensions: {bounds}, at two errors."
 
 
 def _seen(part: Part) -> str:
     if part.bins < 2:
         return "one bin, no pairs."
     low, high = float(part.pairs.min()), float(part.pairs.max())
-    return f"{part.share} of pairs conflict; cosines from {low:.2f} to {high:.2f}, mean {part.meta['mean']:.2f}."
+    told = f"{part.share} of pairs conflict; cosines from {low:.2f} to {high:.2f}, mean {part.meta['mean']:.2f}"
+    return f"{told}; {part.determined} of {part.bins} bins told from noise."
 
 
 def _percent(share: float) -> str:

@@ -25,7 +25,15 @@ ACTS = ("ensemble",)
 
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
     """The picture `samples`, and the picture `trajectory`."""
+    _check(data[0])
     return [_samples(data[0]), _trajectory(data[0])]
+
+
+def _check(data: FigureData) -> None:
+    data.require(("models", "names", "sampler", "num_steps", "size", "changed"), timesteps="s", steps="s", experts="s")
+    for name in data.meta["models"]:
+        ways = {f"x_t_{name}": "shwc", f"x_0_{name}": "shwc"}
+        data.require((), {"s": len(data.arrays["timesteps"])}, **{f"grid_{name}": "nhwc"}, **ways)
 
 
 # -- grids ----------------------------------------------------------------------------------------
@@ -49,8 +57,8 @@ def _samples(data: FigureData) -> Picture:
 
     few = "" if len(grids[0]) == count else f"; the first {len(grids[0])} are shown"
     caption = (
-        f"{count} images of each model by {data.meta['sampler']}{few}. The same place has the same seed, so that what "
-        f"differs is the model's doing. {_changed(data)} A difference is no gain: the table tells quality."
+        f"{_changed(data)}A difference is no gain: the table tells quality. {count} images of each model by "
+        f"{data.meta['sampler']}{few}; the same place has the same seed, so that what differs is the model's doing."
         f"{_reduced(data, grids[0])}"
     )
     alt = f"Grids of {len(grids[0])} sampled images side by side, one each of {_listed(models)}."
@@ -115,11 +123,11 @@ def _trajectory(data: FigureData) -> Picture:
 
     shown_steps = "all" if len(timesteps) == data.meta["num_steps"] else str(len(timesteps))
     caption = (
-        f"The way of the first image through {shown_steps} of the {data.meta['num_steps']} steps of "
-        f"{data.meta['sampler']}: x_t, what a model gets at timestep t, and the clean image x_0 that it predicts from "
-        "it; all models begin with the same noise. A frame has the colour of the expert that serves t: in the ensemble "
-        "it acts (thick), base and merged are one model for all t (thin: it would act). "
-        f"One image shows where the models part, not which is better.{_reduced(data, images)}"
+        f"{_parted(data)}One image shows where the models part, not which is better. Its way through {shown_steps} of "
+        f"the {data.meta['num_steps']} steps of {data.meta['sampler']}: x_t, what a model gets at timestep t, and the "
+        "clean image x_0 that it predicts from it; all begin with the same noise. A frame has the colour of the expert "
+        "that serves t: in the ensemble it acts (thick), others are one model for all t (thin)."
+        f"{_reduced(data, images)}"
     )
     alt = (
         f"Rows of small images from noise on the left to the sample on the right, two for each of {_listed(models)}: "
@@ -191,7 +199,17 @@ def _legend(figure: Any, data: FigureData) -> None:
 def _changed(data: FigureData) -> str:
     base, *others = data.meta["models"]
     said = [f"{name} by {data.meta['changed'][name]:.3g}" for name in others]
-    return f"Pixels differ from those of {base} on average, of 255: {', '.join(said)}." if said else ""
+    return f"Pixels differ from those of {base} on average, of 255: {', '.join(said)}. " if said else ""
+
+
+def _parted(data: FigureData) -> str:
+    """Between which of the shown steps each model's x_0 is farthest from the base's, and how far."""
+    base, *others = data.meta["models"]
+    clean = {name: data.arrays[f"x_0_{name}"].astype(np.float64) for name in data.meta["models"]}
+    apart = {name: np.abs(clean[name] - clean[base]).mean((1, 2, 3)) for name in others}
+    at = {name: data.arrays["timesteps"][way.argmax()] for name, way in apart.items()}
+    said = [f"{name} by {way.max():.3g} at t = {at[name]:.0f}" for name, way in apart.items()]
+    return f"The predicted clean images differ most from those of {base}, of 255: {', '.join(said)}. " if said else ""
 
 
 def _reduced(data: FigureData, drawn: Pixels) -> str:

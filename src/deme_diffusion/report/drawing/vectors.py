@@ -21,12 +21,17 @@ MOST_BOXES = 60
 """Layers that get a box each, and a name; more are bands, and only their blocks are named."""
 UNEVEN = 12.0
 """The widest whiskers by the median ones above which the axis is symmetric-logarithmic."""
+MOST_TOLD = 6
+"""Experts up to which each one's norm is told."""
 MARKERS = "osD^vP*X"
 
 
 def pictures(data: Sequence[FigureData]) -> list[Picture]:
     """`vectors`, the entries by layer, and `vectors-norms`, the norms by block."""
     (figure,) = data
+    figure.require(("names", "layers", "blocks", "of_block", "sampled", "folded", "whole"))
+    lengths = {"n": len(figure.meta["names"]), "l": len(figure.meta["layers"]), "b": len(figure.meta["blocks"])}
+    figure.require((), lengths, quantiles="nl7", mean_absolute="nl", relative_norms="nb")
     names, layers, blocks = (figure.meta[name] for name in ("names", "layers", "blocks"))
     named = 1.5 if len(layers) <= MOST_BOXES else 0.9
     return [
@@ -55,20 +60,28 @@ def pictures(data: Sequence[FigureData]) -> list[Picture]:
 
 
 def _entries_caption(figure: FigureData) -> str:
-    meta, sampled = figure.meta, len(figure.meta["sampled"])
+    """What was found, with its numbers; then what is drawn."""
+    meta, sampled, typical = figure.meta, len(figure.meta["sampled"]), _typical(figure)
     boxes = "Boxes: 25 to 75 %, with the median; whiskers: 5 to 95 %"
     what = boxes if _boxed(figure) else "Dark bands: 25 to 75 %; pale ones: 5 to 95 %"
     scale = "; the axis is linear around 0 and logarithmic beyond" if _uneven(figure) else ""
     seen = f" Of {sampled} layers of more than 4 million entries, {meta['sample']:,} sampled ones." if sampled else ""
-    typical = ", ".join(f"{value:.2g}" for value in _typical(figure))
+    told = ", ".join(f"{value:.2g}" for value in typical)
+    most = f", most for {meta['names'][int(np.argmax(typical))]}" if len(typical) > 1 and max(typical) > 0 else ""
     return (
-        f"Entries of τ_i, an expert's weights less the pretrained ones (weight and bias together), in each of "
-        f"{len(meta['layers'])} layers, in the order of the forward pass; a panel for each expert. {what} of a layer's "
-        f"entries{scale}. The median layer's mean |τ_i|: {typical}, in this order.{seen}"
+        f"In the median layer mean |τ_i| is {told}, expert by expert{most}. τ_i is expert i's weights less the "
+        f"pretrained ones{_folded(meta)}. A panel for each expert, {len(meta['layers'])} layers (weight and bias "
+        f"together) in the order of the forward pass. {what} of a layer's entries{scale}.{seen}"
     )
 
 
+def _folded(meta: Mapping[str, Any]) -> str:
+    """What the numbers hold beside finetuned weights, which tables of the parts count apart."""
+    return ", with the projections that fold into them" if meta["folded"] else ""
+
+
 def _norms_caption(figure: FigureData) -> str:
+    """What was found, with its numbers; then what is drawn."""
     whole, blocks = figure.meta["whole"], figure.meta["blocks"]
     pairs = [whole["cosines"][i][j] for i, j in combinations(range(len(figure.meta["names"])), 2)]
     cosines = [cosine for cosine in pairs if cosine is not None]
@@ -79,18 +92,22 @@ def _norms_caption(figure: FigureData) -> str:
     extra = " Projections that fold into no weight have no norm to compare with, and are left out." * (
         "projection" in blocks
     )
+    counted = " Projections that fold into weights are counted in." * bool(figure.meta["folded"])
     share = whole["share_seen"]
     seen = f" From {100 * share:.2g} % of the entries, in evenly spread runs." if share < 0.999 else ""
-    return f"‖τ_i‖ / ‖θ‖ by block of layers, in the order of the forward pass. {_norms(figure)}{between}{extra}{seen}"
+    return f"{_norms(figure)}{between} By block of layers, in the order of the forward pass.{counted}{extra}{seen}"
 
 
 def _norms(figure: FigureData) -> str:
-    """The paper's finding (larger for large t), as numbers."""
+    """The paper's finding (larger for large t), as numbers; of many experts the least and the greatest."""
     names, norms = figure.meta["names"], figure.meta["whole"]["relative_norms"]
+    known = sorted((norm, name) for norm, name in zip(norms, names, strict=True) if norm is not None)
+    if len(names) > MOST_TOLD and known:
+        (least, first), (most, last) = known[0], known[-1]
+        return f"Over the model, ‖τ_i‖ / ‖θ‖ is from {_percent(least)} ({first}) to {_percent(most)} ({last})."
     told = [f"{_percent(norm)} for {name}" for name, norm in zip(names, norms, strict=True)]
-    known = [(norm, name) for norm, name in zip(norms, names, strict=True) if norm is not None]
-    most = f"; the largest is that of {max(known)[1]}" if len(known) > 1 and max(known)[0] > 0 else ""
-    return f"Over the model, ‖τ_i‖ / ‖θ‖ is {', '.join(told)}{most}."
+    top = f"; the largest is that of {known[-1][1]}" if len(known) > 1 and known[-1][0] > 0 else ""
+    return f"Over the model, ‖τ_i‖ / ‖θ‖ is {', '.join(told)}{top}."
 
 
 def _percent(share: float | None) -> str:

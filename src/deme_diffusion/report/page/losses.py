@@ -7,6 +7,7 @@ from typing import Any
 
 from deme_diffusion.report.album import Album
 from deme_diffusion.report.cells import Figure, Row, cells, difference_said
+from deme_diffusion.report.words import MOST_NAMED, bounded
 
 PREFIX = "loss "
 MOST_DRAWN = 7  # models in the picture: as many as there are colours
@@ -29,6 +30,7 @@ def losses_section(rows: Sequence[Row], album: Album) -> dict[str, Any] | None:
         "alt": f"Loss by timestep range as the difference to the base's: {_told(drawn)}",
         "models": [("", "base"), *(("ours" if model == "merged" else "", f"{model}, Δ %") for model in changes)],
         "lines": _lines([row for row in rows if row["model"] == "base"], list(base), changes),
+        "metrics": {f"{PREFIX}{name}" for name in base},
         "spread": several,
         "said": _how(base, several),
     }
@@ -52,7 +54,7 @@ def changes_of(losses: Mapping[str, Figure], base: Mapping[str, Figure]) -> dict
 
 def losses_picture(names: Sequence[str], changes: Mapping[str, Mapping[str, Change]]) -> bytes:
     """A column a range, a mark a model with its standard deviation; the base is the line at 0."""
-    from deme_diffusion.report.figures import COLOURS, INK, svg_of
+    from deme_diffusion.report.figures import COLOURS, INK, named_places, svg_of
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -64,7 +66,7 @@ def losses_picture(names: Sequence[str], changes: Mapping[str, Mapping[str, Chan
         axes.axhline(0, color=INK, linewidth=0.7)
         for edge in range(1, len(names)):
             axes.axvline(edge - 0.5, color=INK, alpha=0.12, linewidth=0.6)
-        axes.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 6 else 60)
+        named_places(axes, names)
         axes.set(xlabel="timestep range", ylabel="loss, difference to base (%)", xlim=(-0.5, len(names) - 0.5))
         axes.margins(y=0.12)
         handles, labels = axes.get_legend_handles_labels()
@@ -86,10 +88,17 @@ def _lines(base: Sequence[Row], names: Sequence[str], changes: Changes) -> list[
 
 
 def _told(changes: Mapping[str, Mapping[str, Change]]) -> str:
-    return "; ".join(
-        f"{model} {', '.join(f'{difference_said(*one)} % on {name}' for name, one in change.items())}"
-        for model, change in changes.items()
-    )
+    order = sorted(changes, key=lambda model: model != "merged")  # where not all can be told
+    return bounded(f"{model} {_each(changes[model])}" for model in order)
+
+
+def _each(change: Mapping[str, Change]) -> str:
+    """Every range, of many the first, the last, and the extremes."""
+    names, by_value = list(change), sorted(change, key=lambda name: change[name][0])
+    few = len(names) <= MOST_NAMED
+    kept = names if few else [names[0], names[-1], by_value[0], by_value[-1]]
+    told = ", ".join(f"{difference_said(*change[name])} % on {name}" for name in names if name in kept)
+    return told if few else f"{told} (first, last and extremes of {len(names)} ranges)"
 
 
 def _how(base: Mapping[str, Figure], several: bool) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from PIL import Image as Picture
 from deme_diffusion.config import FIGURES
 from deme_diffusion.report.album import JPEG, PNG, Album, Form
 from deme_diffusion.report.cells import REAL_IMAGES
+from deme_diffusion.report.page.drawn import analyze_command, figures_told
+from deme_diffusion.report.words import bounded
 
 GRID_COLUMNS, GRID_IMAGES = (8, (64, 32, 16, 8))  # how many images a grid shows: fewer where there is no room
 GRID_WIDTH, TILE = 400, 100  # pixels across at least, of small images; and of each image at most
-INCH = 96  # CSS pixels
+SAMPLES = "samples"  # the picture of the figure `trajectory` that repeats the grids
 HEADINGS = {
     "similarity": "Gradient similarity between timesteps",
     "activations": "What finetuning changes in the activations",
@@ -50,19 +51,13 @@ def _grid(label: str, path: Path, album: Album) -> dict[str, Any]:
 
 def _grid_form(images: NDArray[np.uint8], note: str) -> Form:
     """Small images enlarged by whole numbers; large ones reduced, and as JPEG."""
-    from deme_diffusion.report.figures import sample_grid
+    from deme_diffusion.report.figures import reduced, sample_grid
 
     side = images.shape[2]
     if side <= TILE:
         scale = max(1, GRID_WIDTH // (GRID_COLUMNS * (side + 1)))
         return Form(PNG, lambda: sample_grid(images, GRID_COLUMNS, scale), note)
-    return Form(JPEG, lambda: _as_jpeg(sample_grid(_reduced(images), GRID_COLUMNS, 1)), note)
-
-
-def _reduced(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    high = max(1, round(TILE * images.shape[1] / images.shape[2]))
-    small = [Picture.fromarray(image.squeeze()).resize((TILE, high), Picture.Resampling.LANCZOS) for image in images]
-    return np.stack([np.array(one).reshape(high, TILE, -1) for one in small])
+    return Form(JPEG, lambda: _as_jpeg(sample_grid(reduced(images, TILE), GRID_COLUMNS, 1)), note)
 
 
 def _as_jpeg(png: bytes) -> bytes:
@@ -79,35 +74,48 @@ def curves_section(run: Run, album: Album) -> list[dict[str, Any]]:
     from deme_diffusion.report.figures import curves
 
     return [
-        {"name": name, "lines": ", ".join(series), "image": album.svg(curves(series, name))} for name, series in plots
+        {"name": name, "alt": _curves_told(name, series), "image": album.svg(curves(series, name))}
+        for name, series in plots
     ]
 
 
+def _curves_told(name: str, series: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """First and last value of each line, as they are drawn."""
+    from deme_diffusion.report.figures import thinned
+
+    told = []
+    for label, points in series.items():
+        steps, values = thinned(points)
+        told.append(
+            f"{label} from {values[0]:.3g} to {values[-1]:.3g} at step {steps[-1]:,.0f}" if len(steps) else label
+        )
+    return f"{name} against optimizer steps: {bounded(told)}"
+
+
+def grids_said(run: Run) -> str:
+    """What the grids show: in the words of the picture that would repeat them, where there is one."""
+    return str((_repeated(run) or {}).get("caption") or "The same place in every grid of samples has the same seed.")
+
+
+def _repeated(run: Run) -> Mapping[str, Any] | None:
+    """The picture of the same samples as the grids, where there are grids."""
+    listed = (one for one in run.get("figures") or () if isinstance(one, Mapping) and one.get("name") == SAMPLES)
+    return next(listed, None) if run.get("grids") else None
+
+
 def figures_section(run: Run, folder: Path, album: Album) -> dict[str, Any] | None:
-    """The pictures in the paper's order, and how those that are missing are made; None in a page of no run."""
-    drawn = run.get("figures")
-    if drawn is None:
+    """The pictures in the paper's order, and how those that are missing are made; None in a page of no run.
+
+    Where grids are shown, the same samples are not shown again.
+    """
+    if run.get("figures") is None:
         return None
+    again = _repeated(run)
+    listed = [one for one in run["figures"] if again is None or one is not again]
+    pictures, problems = figures_told(listed, folder, album)
     order = {kind: i for i, kind in enumerate(FIGURES)}
-    known = sorted(drawn, key=lambda one: order.get(one["kind"], len(order)))
-    missing = [kind for kind in FIGURES if kind not in {one["kind"] for one in drawn}]
-    pictures = [_figure(one, folder, album) for one in known]
-    return {"pictures": pictures, "missing": [HEADINGS[kind] for kind in missing], "command": _command(folder, missing)}
-
-
-def _figure(one: Mapping[str, Any], folder: Path, album: Album) -> dict[str, Any]:
-    told = {key: one[key] for key in ("title", "caption", "alt")}
-    size = {key: round(one[key] * INCH) for key in ("width", "height")}
-    files = [one[key] for key in ("svg", "png") if (folder / one[key]).is_file()]
-    return {
-        **told,
-        **size,
-        "image": album.drawn(folder / one["svg"], folder / one["png"]),
-        "files": [*one["data"], *files],
-    }
-
-
-def _command(folder: Path, missing: list[Any]) -> str:
-    where = shlex.quote(str(folder)) if folder.parts else "RUN"
-    chosen = "" if len(missing) == len(FIGURES) else "".join(f" --figure {kind}" for kind in missing)
-    return f"deme analyze {where}{chosen}"
+    pictures.sort(key=lambda one: order.get(one["kind"], len(order)))
+    shown = {one["kind"] for one in (*pictures, *([again] if again else []))}
+    missing = [kind for kind in FIGURES if kind not in shown]
+    told = {"missing": [HEADINGS[kind] for kind in missing], "command": analyze_command(folder, missing)}
+    return {"pictures": pictures, "problems": problems, **told}

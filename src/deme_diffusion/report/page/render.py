@@ -9,18 +9,19 @@ from typing import Any
 from deme_diffusion.files import write_text
 from deme_diffusion.report.ablation_page import ablation_section
 from deme_diffusion.report.album import MOST_BYTES, Album
-from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs, patterns
+from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs
 from deme_diffusion.report.cells import Row
 from deme_diffusion.report.page import merging, pictures
 from deme_diffusion.report.page.environment import environment
 from deme_diffusion.report.page.losses import losses_section
 from deme_diffusion.report.page.results import table_section, verdict_section
-from deme_diffusion.report.page.stages import provenance_lines, stages_section
+from deme_diffusion.report.page.stages import provenance_section, stages_section
 from deme_diffusion.report.page.story import story
 from deme_diffusion.report.tables import check_protocols
 from deme_diffusion.report.verdict import verdict
+from deme_diffusion.report.words import seeds_said, weights_said
 
-PRINTED = ("description", "command", "recipe_yaml", "lost_gains", "written")
+PRINTED = ("description", "command", "rerun", "recipe_yaml", "written", "base_model", "cost_machine", "demonstration")
 """What the templates take as it is."""
 Section = dict[str, str]
 
@@ -49,32 +50,41 @@ def render_page(
 def _values(run: Mapping[str, Any], folder: Path, album: Album, refresh: int | None) -> dict[str, Any]:
     rows: list[Row] = run.get("table") or []
     check_protocols(rows)
-    stages = stages_section(run)
+    stages, losses = stages_section(run), losses_section(rows, album)
     return {
         "run": {**dict.fromkeys(PRINTED), **run},
         "title": str(run.get("title") or run.get("recipe", "run")),
         "refresh": refresh,
-        "demonstration": DEMONSTRATION if run.get("demonstration") else "",
+        "demonstration": demonstration_said(run),
         "verdict": None if run.get("unfinished") and not verdict(rows).comparisons else verdict_section(rows),
         "story": [] if run.get("unfinished") else story(run),
         "progress": stages if refresh or run.get("unfinished") else None,
-        "table": table_section(rows),
+        "seeds": seeds_said(run),
+        "table": table_section(rows, losses["metrics"] if losses else ()),
         "grids": pictures.grids_section(run, folder, album),
-        "losses": losses_section(rows, album),
+        "grids_said": pictures.grids_said(run),
+        "losses": losses,
         "curves": pictures.curves_section(run, album),
         "weights": merging.weights_section(run, album),
         "search": merging.search_section(run),
-        "merge": {"said": method_said(run), "patterns": patterns(run)},
+        "weights_said": weights_said(run),
+        "merge": {"said": method_said(run), **merging.patterns_section(run)},
         "vectors": merging.vectors_section(run),
         "division": merging.division_section(run, album),
         "figures": pictures.figures_section(run, folder, album),
         "ablations": [ablation_section(content, album, f"ablations-{i}")
                       for i, content in enumerate(run.get("ablations") or ())],
         "stages": None if run.get("unfinished") else stages,  # its progress tells them
-        "provenance": list(provenance_lines(run.get("provenance") or {})),
+        "provenance": provenance_section(run.get("provenance") or {}),
         "loading": loading_lines(run) if run.get("merged_path") else "",
         "needs": needs(run),
     }  # fmt: skip
+
+
+def demonstration_said(run: Mapping[str, Any]) -> str:
+    """That its figures prove nothing; '' where that is not so, or the description says so."""
+    said = "demonstration" in str(run.get("description")).lower()
+    return DEMONSTRATION if run.get("demonstration") and not said else ""
 
 
 def _sections(values: Mapping[str, Any]) -> Iterator[Section]:
@@ -96,7 +106,14 @@ def _sections(values: Mapping[str, Any]) -> Iterator[Section]:
         yield {**_section(plan["id"], f"Ablations: {plan['plan']}", "ablations"), "plan": plan}
     if table and table["protocols"]:
         yield _section("protocol", "Protocol")
-    if values["loading"] or values["stages"] or values["provenance"] or run["command"] or run["recipe_yaml"]:
+    if (
+        values["loading"]
+        or values["stages"]
+        or values["provenance"]
+        or run["command"]
+        or run["rerun"]
+        or run["recipe_yaml"]
+    ):
         yield _section("provenance", "Use and provenance")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
+    Figure,
     Row,
     cells,
     direction,
@@ -18,6 +20,8 @@ from deme_diffusion.report.verdict import verdict
 
 FIRST = ("base", "merged")  # so that they are in sight where the table has to be scrolled
 BADGES = {True: "helps", False: "no gain shown", None: "not conclusive"}
+COLOURED = {True: "yes", False: "no", None: "open"}
+"""The verdict's class in the style sheet."""
 KINDS = {"merged": "ours", REAL_IMAGES: "real"}
 
 
@@ -26,21 +30,52 @@ def verdict_section(rows: Sequence[Row]) -> dict[str, Any] | None:
     if not rows:
         return None
     result = verdict(rows)
-    kind = {True: "yes", False: "no", None: "open"}[result.helps]
-    return {"sentence": result.sentence, "badge": BADGES[result.helps], "kind": kind}
+    return {"sentence": result.sentence, "badge": BADGES[result.helps], "kind": COLOURED[result.helps]}
 
 
-def table_section(rows: list[Row]) -> dict[str, Any] | None:
-    """Models across (base and merged first), metrics down; a rule above each group that shares one protocol."""
+def table_section(rows: list[Row], elsewhere: Collection[str] = ()) -> dict[str, Any] | None:
+    """Models across (base and merged first), metrics down; a rule above each group that shares one protocol.
+
+    `elsewhere`: metrics that another section shows.
+    """
     if not rows:
         return None
     rows = sorted(rows, key=lambda row: FIRST.index(row["model"]) if row["model"] in FIRST else len(FIRST))
     kinds = [KINDS.get(row["model"], "") for row in rows]
     lines, protocol = [], ""
     for metric, line in cells(rows).items():
+        if metric in elsewhere:
+            continue
         before, protocol = protocol, protocol_text(rows, metric)
         arrow = {"lower": "↓", "higher": "↑", None: ""}[direction(metric)]
         parts = [(kind, cell.best, *cell.text.partition(" ± ")[::2]) for kind, cell in zip(kinds, line, strict=True)]
         lines.append({"metric": metric, "cells": parts, "rule": protocol != before, "arrow": arrow})
     models = list(zip(kinds, (row["model"] for row in rows), strict=True))
-    return {"models": models, "lines": lines, "protocols": protocol_lines(rows), "reasons": reason_lines(rows)}
+    told = {"protocols": protocol_lines(rows), "reasons": reason_lines(rows), "spreads": list(_spreads(rows))}
+    return {"models": models, "lines": lines, "elsewhere": bool(elsewhere), **told}
+
+
+def _spreads(rows: Sequence[Row]) -> Iterator[str]:
+    """What ± is, by the figures that have one."""
+    figures = [figure for row in rows for figure in row["metrics"].values() if figure["spread"] is not None]
+    measured = [figure for figure in figures if "statistic" not in figure["protocol"]]
+    trainings = max((len(figure["seeds"]) for figure in measured), default=0)
+    samplings = max((_samplings(figure) for figure in measured), default=1)
+    each = f", each the mean over its {samplings} sampling seeds" if samplings > 1 else ""
+    if trainings > 1:
+        yield f"± is the standard deviation over {trainings} training seeds{each}."
+    elif trainings and samplings > 1:
+        yield (
+            f"± is the standard deviation over {samplings} sampling seeds of one training: what sampling alone makes of"
+            " it, and nothing about another training."
+        )
+    elif trainings:
+        yield "± is the standard deviation over seeds."
+    if len(measured) < len(figures):
+        yield "Of times: median ± half the range of the repeats."
+
+
+def _samplings(figure: Figure) -> int:
+    """Sampling seeds of each training: `3 training x 2 sampling`."""
+    found = re.search(r"(\d+) sampling", str(figure["protocol"].get("seeds", "")))
+    return int(found[1]) if found else 1

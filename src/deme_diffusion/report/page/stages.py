@@ -37,13 +37,15 @@ def _stage(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(stages: list[dict[str, Any]]) -> str:
-    """`12 of 30 stages are there (5 reused), 1 running; they took 4 min 05 s.`"""
+    """`12 of 30 stages are there, 1 running; making them took 4 min 05 s in all: 3 min ... found in the store.`"""
     count = Counter(stage["state"] for stage in stages)
     there = count["done"] + count["reused"]
-    parts = [f"{there} of {len(stages)} stages are there" + (f" ({count['reused']} reused)" if count["reused"] else "")]
+    parts = [f"{there} of {len(stages)} stages are there"]
     parts += [f"{count[state]} {state}" for state in ("running", "waiting", "failed") if count[state]]
-    took = sum(stage["seconds"] for stage in stages if stage["state"] in FINISHED)
-    return f"{', '.join(parts)}; making them took {seconds(took)} in all."
+    took = {state: sum(stage["seconds"] for stage in stages if stage["state"] == state) for state in FINISHED}
+    own, found = (f"{seconds(took[state])} for the {count[state]} that" for state in FINISHED)
+    split = f": {own} the last command made, {found} it found in the store" if count["reused"] else ""
+    return f"{', '.join(parts)}; making them took {seconds(sum(took.values()))} in all{split}."
 
 
 def seconds(value: float) -> str:
@@ -52,6 +54,20 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def provenance_section(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What made the run, for each machine and software by itself where their stages are counted."""
+    several = [given] if isinstance(given, Mapping) else list(given)
+    groups = [[one] for one in several[:MOST_VALUES]] if all("stages" in one for one in several) else [several]
+    more = len(several) - MOST_VALUES if len(groups) == MOST_VALUES else 0
+    made = []
+    for group in groups:
+        count = group[0].get("stages") if group and len(groups) > 1 else None
+        lines = list(provenance_lines([{k: v for k, v in one.items() if k != "stages"} for one in group]))
+        title = "" if count is None else f"{count} stage{'s' if count != 1 else ''}"
+        made += [{"title": title, "lines": lines}] if lines else []
+    return made + ([{"title": f"and {more} more", "lines": []}] if more > 0 else [])
 
 
 def provenance_lines(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deme_diffusion.division import names_of
 from deme_diffusion.report.cells import REAL_IMAGES
 from deme_diffusion.report.page.stages import FINISHED, state_of
+from deme_diffusion.report.words import MOST_NAMED, grouped, seeds_said, weights_said
 
-MOST_NAMED = 6
-"""Ranges and weights that a sentence lists; of more it tells the first and last, or none."""
+TRIED = re.compile(r"w = 0|uniform|one-hot \d+|the method's own")
+"""Weights that every search tries (`merging.search.costs.tried`)."""
 Run = Mapping[str, Any]
 
 
 def story(run: Run) -> list[str]:
-    """Sentences on training, merging and measuring; none of what the run does not tell."""
-    return [" ".join(part.split()) for part in (_trained(run), _merged(run), _measured(run)) if part]
+    """Sentences on training, merging, the weights and measuring; none of what the run does not tell."""
+    parts = (_trained(run), _merged(run), " ".join(weights_said(run)), _measured(run))
+    return [" ".join(part.split()) for part in parts if part]
 
 
 def _trained(run: Run) -> str:
@@ -58,20 +61,26 @@ def _merged(run: Run) -> str:
     if not weights:
         return ""
     method = (run.get("merge") or {}).get("method", "task_arithmetic").replace("_", " ")
-    told = f" {', '.join(f'{w:.3g}' for w in weights)}" if len(weights) <= MOST_NAMED else ""
+    few = len(weights) <= MOST_NAMED and not run.get("weights_found")  # which tells them
+    told = f" {', '.join(f'{w:.3g}' for w in weights)}" if few else ""
     beside = (
         "with small projections beside it" if run.get("projection") else "of the base's architecture, size and cost"
     )
-    return f"Their task vectors were merged by {method} into one model {beside}, with the weights{told}{_found(run)}."
+    seed = f" ({said})" if (said := seeds_said(run)) else ""
+    found = _found(run, "," if told else " that were")
+    text = f"Their task vectors were merged by {method} into one model {beside}, with the weights{told}{found}"
+    return f"{text}{seed}."
 
 
-def _found(run: Run) -> str:
+def _found(run: Run, how: str) -> str:
     search = run.get("search")
     if not search or not search.get("trials"):
         return " given beforehand"
     count = len(search["trials"])
     method = search["method"].replace("_", " ")
-    return f", the best of {count:,} trials by {search['objective']} (search: {method})"
+    source = str(search.get("source") or "")
+    whose = f": {source}, tried by every search" if TRIED.fullmatch(source) else f": {source}" if source else ""
+    return f"{how} the best of {count:,} trials by {grouped(search['objective'])} (search: {method}){whose}"
 
 
 def _measured(run: Run) -> str:
@@ -81,7 +90,8 @@ def _measured(run: Run) -> str:
     if not models or not run.get("stages") or splits != {"report"}:
         return ""
     return (
-        f"Losses and scores of {_listed(models)} were taken on the report split, which no training and no search saw."
+        f"Losses and scores of {_listed(models)} were taken on the report split, which no finetuning and no search of"
+        " this run saw."
     )
 
 
