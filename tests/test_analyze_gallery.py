@@ -230,6 +230,21 @@ def test_files_are_drawn_wherever_they_lie(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
+def test_files_of_one_name_are_told_apart_and_one_file_is_drawn_once(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        (tmp_path / run / "figures").mkdir(parents=True)
+    made = [data_of(tmp_path / run, "plane", "plane") for run in ("one", "two")]
+    files = [
+        file.rename(tmp_path / run / "figures" / file.name) for file, run in zip(made, ("one", "two"), strict=True)
+    ]
+    assert [one["svg"] for one in draw_files([*files, files[0]], tmp_path / "out")] == [
+        "one-plane-plane.svg",
+        "two-plane-plane.svg",
+    ]
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert [one["svg"] for one in draw_files([files[0], files[0]], tmp_path / "alone")] == ["plane.svg"]
+
+
 def test_files_that_are_no_figures_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = data_of(tmp_path, "plain", "a")
     with pytest.raises(UserError, match=r"plain.npz: figure 'plain' is none of ours; did you mean 'plane'\?"):
@@ -239,7 +254,7 @@ def test_files_that_are_no_figures_data_are_refused(tmp_path: Path, monkeypatch:
         draw_files([tmp_path / "own.npz"], tmp_path / "out")
     monkeypatch.setattr(gallery, "DRAWINGS", {"trajectory": trajectory.pictures})
     empty = data_of(tmp_path, "trajectory", "a")
-    with pytest.raises(UserError, match=r"trajectory.npz: cannot be drawn \(KeyError: 'models'\)"):
+    with pytest.raises(UserError, match=r"trajectory.npz: no models, "):
         draw_files([empty], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -259,7 +274,15 @@ def trajectory_data(tmp_path: Path, size: tuple[int, int], channels: int, *, exp
     meta = {"models": ["base", "ensemble"], "names": [f"expert {i} $x$ <b>" for i in range(max(experts) + 1)]}
     meta |= {"sampler": "DDIM-4", "size": list(size), "num_steps": 50, "changed": {"base": 0.0, "ensemble": 1.25}}
     timesteps = np.linspace(999, 0, steps)
-    write_figure(tmp_path / "t.npz", "trajectory", meta, timesteps=timesteps, experts=np.array(experts), **arrays)
+    write_figure(
+        tmp_path / "t.npz",
+        "trajectory",
+        meta,
+        timesteps=timesteps,
+        steps=np.arange(steps),
+        experts=np.array(experts),
+        **arrays,
+    )
     return read_figure(tmp_path / "t.npz")
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from deme_diffusion.recipes import defaults, to_yaml
 from deme_diffusion.report.card import loading_lines, model_card
 from deme_diffusion.report.tables import paragraph
 from pages import content
@@ -109,6 +110,34 @@ def test_a_picture_of_samples_is_shown_from_beside_the_card(run: dict[str, Any])
         run, samples="my samples.png"
     )
     assert "![" not in model_card(run)
+
+
+def test_results_are_tables_by_kind_of_models_across(run: dict[str, Any]) -> None:
+    card = model_card(run)
+    quality, losses = card.partition("### Quality\n\n")[2].split("### Losses\n\n")
+    assert quality.startswith("|  | base | all-timesteps | ensemble | merged |")
+    assert losses.splitlines()[2].startswith("| loss ↓ | 0.100 |") and "### Costs" not in card
+    assert "- all-timesteps: the control: one model" in card
+    head, _, rest = card.partition("## Results")
+    assert "> This is a demonstration of the mechanism" in head and "demonstration of" not in rest
+
+
+def test_measured_values_are_rounded_for_the_hub(run: dict[str, Any]) -> None:
+    merged = next(row for row in run["table"] if row["model"] == "merged")
+    merged["metrics"]["loss"].update(mean=1 / 3, spread=0.0001234567)
+    results = {one.metric_name: one for one in ModelCard(model_card(run)).data.eval_results}
+    assert results["loss"].metric_value == 0.333333 and results["loss"].metric_args["spread"] == 0.000123457
+
+
+def test_settings_that_differ_from_the_defaults_are_shown_and_the_others_folded(run: dict[str, Any]) -> None:
+    recipe = to_yaml(defaults(["name=mine", "decouple.num_ranges=2", "evaluate.num_images=500"]))
+    text = model_card({**run, "recipe_yaml": recipe}).partition("## How it was made")[2].partition("## Limits")[0]
+    shown, folded = text.split("<details>")
+    values = yaml.safe_load(shown.partition("```yaml\n")[2].partition("```")[0])
+    assert values["name"] == "mine" and values["decouple"] == {"num_ranges": 2}
+    assert values["evaluate"] == {"num_images": 500} and recipe in folded
+    assert "the Python package `deme-diffusion` 0." in shown
+    assert "differ from" not in model_card({**run, "recipe_yaml": "names: x"}), "what is no recipe is only folded"
 
 
 def test_hostile_names_stay_text(run: dict[str, Any], tmp_path: Path) -> None:

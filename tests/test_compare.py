@@ -286,6 +286,8 @@ def test_exported_model_is_whole_and_loads_in_stock_diffusers(
     stored = run.merged / "unet" / WEIGHTS_NAME
     assert weights.samefile(stored) and not any(path.is_symlink() for path in out.rglob("*"))
     assert not (out / "merge.json").samefile(run.merged / "merge.json")
+    assert '"path": "/' in (run.merged / "merge.json").read_text()
+    assert '"path"' not in (out / "merge.json").read_text(), "places of this machine"
     card = (out / "README.md").read_text()
     assert "samples.png" in card and '"OWNER/upload"' in card and "FD" in card and card.startswith("---\n")
     with Image.open(out / "samples.png") as grid:  # base and merged, 8 images in a row each

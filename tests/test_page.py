@@ -17,9 +17,11 @@ from PIL import Image
 
 from deme_diffusion.report.album import MOST_BYTES, SVG, Album
 from deme_diffusion.report.card import DEMONSTRATION
+from deme_diffusion.report.glossary import words_of
 from deme_diffusion.report.page import render_page
 from deme_diffusion.report.page.losses import losses_section
 from deme_diffusion.report.page.merging import MOST_CELLS, patterns_section, vectors_section
+from deme_diffusion.report.page.pictures import curves_section
 from deme_diffusion.report.page.results import table_section
 from deme_diffusion.report.page.stages import provenance_lines, provenance_section, stages_section
 from deme_diffusion.report.page.story import story
@@ -225,6 +227,29 @@ def test_alternative_texts_tell_numbers(run: dict[str, Any], tmp_path: Path) -> 
     curves = next(alt for alt in told if alt.startswith("training loss against"))
     assert f"expert 0 {EVIL} from 0.2 to 0.004 at step 49; " in curves
     assert "Which of the 12 timesteps each expert is trained on: expert 0 on [0,6); expert 1 on [6,12)" in told
+
+
+def test_validation_losses_are_drawn_as_changes_and_their_first_values_told() -> None:
+    series = {"expert 0": [[0, 0.2], [10, 0.19]], "expert 1": [[0, float("nan")], [5, 0.001], [10, 0.00101]], "new": []}
+    album = Album()
+    section = curves_section({"curves": {"training loss": series, "validation loss": series}}, album)
+    assert [one["said"].partition(",")[0] for one in section] == ["against optimizer steps"] * 2
+    told = f"expert 0 0.2, {MINUS}5.0 % at step 10; expert 1 0.001, +1.0 % at step 10; new"
+    assert section[1]["alt"] == f"validation loss first, and its change in % by optimizer steps: {told}"
+    drawn = base64.b64decode(section[1]["image"].src.partition(",")[2])
+    assert b"<!-- change since the first value (%) -->" in drawn
+    zero = curves_section({"curves": {"validation loss": {"expert 0": [[0, 0.0], [1, 0.5]]}}}, album)
+    assert zero[0]["said"] == "against optimizer steps", "of 0 there is no share"
+
+
+def test_only_the_words_that_occur_are_explained(run: dict[str, Any], tmp_path: Path) -> None:
+    words = dict(words_of(run))
+    there = ["base", "all-timesteps", "ensemble", "merged", "loss", "FD", "recall", "digits-cnn"]
+    assert list(words) == [*there, "subset", "timestep range", "θ", "τ_i", "w_i"]
+    assert "before merge" in words["ensemble"] and "KID" not in words
+    text = render_page(run, tmp_path)
+    assert all(f"<dt>{word}</dt>" in text for word in words)
+    assert words_of({}) == [] and "<summary>Words" not in render_page({**run, "table": []}, tmp_path)
 
 
 def test_alternative_texts_of_many_end() -> None:

@@ -289,9 +289,35 @@ def test_a_difference_within_the_spread_is_none() -> None:
 def test_one_seed_concludes_nothing(spread: float | None) -> None:
     result = verdict(fd_rows(seeds=(0,), base=(6.4, spread), all_timesteps=(6.2, spread), merged=(1.0, spread)))
     assert result.helps is None
-    assert result.sentence.endswith("Nothing can be concluded from one training seed.")
+    assert result.sentence.endswith(
+        "merged scored better than base and all-timesteps. Nothing can be concluded from one training seed."
+    )
     assert "against base's 6.40" in result.sentence
     assert {c.margin for c in result.comparisons} == {None}
+
+
+def test_one_seed_s_means_are_told_in_words_that_claim_nothing() -> None:
+    def said(*merged: float) -> str:
+        rows = fd_rows((0,), base=(6.4, None), soup=(6.2, None), merged=(merged[0], None))
+        for r, mean in zip(rows, (6.4, 6.2, merged[-1]), strict=True):
+            r["metrics"].update({"FD(digits-cnn) DDPM-100": figure(mean, None, (0,))} if len(merged) > 1 else {})
+        return re.findall(r"merged scored .*?\.(?= Nothing)", verdict(rows).sentence)[0]
+
+    assert said(6.3) == "merged scored better than base, worse than soup."
+    assert said(6.9, 6.5) == "merged scored worse than base and soup by both samplers."
+    assert said(6.9, 6.1) == "merged scored now better, now worse than base and soup."
+    assert said(6.4001) == "merged scored the same as base, worse than soup."
+
+
+def test_times_are_bold_only_where_their_repeats_do_not_overlap() -> None:
+    def best(second: float, **protocol: str) -> list[bool]:
+        times = (figure(9.5, 0.3, protocol=protocol), figure(second, 0.1, protocol=protocol))
+        rows = [row(name, **{"load time (ms)": time}) for name, time in zip(("base", "merged"), times, strict=True)]
+        return [cell.best for cell in cells(rows)["load time (ms)"]]
+
+    assert best(9.8, statistic="median, half the range") == [False, False]
+    assert best(10.0, statistic="median, half the range") == [True, False]
+    assert best(9.8) == [True, False], "of seeds the note says what bold is"
 
 
 def test_every_fd_column_has_to_agree() -> None:
@@ -517,7 +543,8 @@ def test_the_card_is_yaml_then_markdown(run: dict[str, Any]) -> None:
     assert yaml.safe_load(front)["base_model"] == "google/ddpm-church-256"
     parts = ("demonstration", verdict(run["table"]).sentence, "| merged | 0.4 | 0.1 |", "[6,12)", "2410.06664")
     assert all(part in body for part in parts)
-    assert "from_pretrained(" in body and markdown(run["table"]) in body
+    assert "from_pretrained(" in body and "| FD(digits-cnn) DDIM-50 ↓ | 6.34 ± 0.12 | **5.90 ± 0.10** |" in body
+    assert body.index(verdict(run["table"]).sentence) < body.index("## Results")
     assert "base_model" not in model_card({**run, "base_model": "/data/mine"}).split("---\n")[1]
 
 

@@ -247,12 +247,12 @@ class Gradients:
                 self.num_images,
                 self.split.name,
             )
-        last = time.monotonic()
+        last, where = time.monotonic(), name_of(to_runs(np.concatenate(bins)))
         try:
             for own in bins[sketches.done :]:
                 self.put(sketches, own)
-                log.info("gradients of %d of %d bins", sketches.done, len(bins))
                 if time.monotonic() - last > SAVE_SECONDS:
+                    log.info("gradients in %s: %d of %d bins", where, sketches.done, len(bins))
                     sketches.save()
                     last = time.monotonic()
         finally:

@@ -13,12 +13,14 @@ from PIL import Image
 
 from deme_diffusion.artefacts import Artefact
 from deme_diffusion.errors import UserError
-from deme_diffusion.files import building, explained, require_space, write_bytes, write_text
+from deme_diffusion.files import building, explained, require_space, write_bytes, write_json, write_text
 from deme_diffusion.pipeline.evidence import IMAGES
+from deme_diffusion.pipeline.node import MERGE
 from deme_diffusion.pipeline.run import Run
 from deme_diffusion.recipes import RESOLVED
 from deme_diffusion.report.card import model_card
 from deme_diffusion.report.figures import reduced, sample_grid
+from deme_diffusion.weight_files import read_json
 
 CARD, SAMPLES = "README.md", "samples.png"
 COMMAND = f"deme run {RESOLVED}"
@@ -46,10 +48,12 @@ def export_merged(run: Run, out: Path) -> Exported:
     """
     _check_place(run, out)
     artefact, content = _merged(run), run.content(run.rows())
-    names = sorted(name for name in artefact.manifest["files"] if name != CARD)
+    names = sorted(name for name in artefact.manifest["files"] if name not in (CARD, MERGE))
     require_space(out, sum(artefact.path(name).stat().st_size for name in names))
     with building(out) as folder:
         linked = [name for name in names if _put(artefact.path(name), folder / name)]
+        if MERGE in artefact.manifest["files"]:
+            write_json(folder / MERGE, _without_places(read_json(artefact.path(MERGE))))
         shown = _samples(run)
         if shown is not None:
             write_bytes(folder / SAMPLES, shown)
@@ -57,6 +61,13 @@ def export_merged(run: Run, out: Path) -> Exported:
         write_text(folder / CARD, model_card({**content, **here}, samples=SAMPLES if shown else None))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Exported(out, files, linked)
+
+
+def _without_places(record: dict[str, Any]) -> dict[str, Any]:
+    """merge.json with its parents by digest alone: where they lie on this machine is nobody's business elsewhere."""
+    base, experts = record["base"], record["experts"]
+    parents = [{key: value for key, value in parent.items() if key != "path"} for parent in (base, *experts)]
+    return {**record, "base": parents[0], "experts": parents[1:]}
 
 
 def _check_place(run: Run, out: Path) -> None:

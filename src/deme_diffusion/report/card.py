@@ -4,15 +4,18 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import yaml
 
+from deme_diffusion.config import Recipe
 from deme_diffusion.division import names_of
 from deme_diffusion.report.card_front import HUB_NAME, front_matter
-from deme_diffusion.report.tables import escape_markdown, markdown, paragraph
+from deme_diffusion.report.card_results import folded, results
+from deme_diffusion.report.tables import escape_markdown, paragraph
 from deme_diffusion.report.verdict import verdict
 from deme_diffusion.report.words import grouped, seeds_said, weights_said
 
@@ -20,6 +23,11 @@ MOST_PATTERNS = 12
 DEMONSTRATION = (
     "This is a demonstration of the mechanism on a small data set; its figures are no evidence about the method."
 )
+LIMITS = (
+    "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on; this"
+    " card states no licence of its own."
+)
+PACKAGE = "deme-diffusion"
 CITATION = """@inproceedings{ma2025decouple,
   title     = {Decouple-Then-Merge: Finetune Diffusion Models as Multi-Task Learning},
   author    = {Ma, Qianli and Ning, Xuefei and Liu, Dongrui and Niu, Li and Zhang, Linfeng},
@@ -37,11 +45,12 @@ def model_card(run: Mapping[str, Any], *, samples: str | None = None) -> str:
     sections = [
         front_matter(run),
         _what(run),
+        _warned(run),
         f"![Samples of the same seeds, before and after]({quote(samples)})" if samples else "",
-        _section("Results", markdown(run["table"]) if run.get("table") else ""),
+        _section("Results", results(run)),
         _section("Merge weights", "\n\n".join(part for part in (_weights(run), _found(run), _merged(run)) if part)),
         _section("How it was made", _made(run)),
-        _section("Limits", _limits(run)),
+        _section("Limits", LIMITS),
         _section("Use", f"{escape_markdown(needs(run))}\n\n" + fenced(loading_lines(run), "python")),
         _section("Citation", fenced(CITATION, "bibtex")),
     ]
@@ -101,6 +110,13 @@ def _what(run: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in (title, paragraph(str(run.get("description") or "")), what) if part)
 
 
+def _warned(run: Mapping[str, Any]) -> str:
+    """What the figures are no evidence of, and the verdict, as a quotation."""
+    evidence = paragraph(verdict(run["table"]).sentence) if run.get("table") else ""
+    parts = [part for part in (DEMONSTRATION if run.get("demonstration") else "", evidence) if part]
+    return "\n>\n".join(f"> {part}" for part in parts)
+
+
 def _compared(run: Mapping[str, Any]) -> str:
     return "architecture with small projections beside it" if run.get("projection") else "architecture, size and cost"
 
@@ -154,7 +170,7 @@ def _merged(run: Mapping[str, Any]) -> str:
     """Method, and weights by pattern: of many only how many, since `merge.json` lists them."""
     listed = patterns(run)
     if len(listed) > MOST_PATTERNS:
-        table = f"{len(listed)} groups of parameters have weights of their own: merge.json lists them."
+        table = f"{len(listed):,} groups of parameters have weights of their own: merge.json lists them."
     elif listed:
         rows = [f"| {escape_markdown(pattern)} | {said} |" for pattern, said in listed]
         table = "\n".join(["| parameters | weights |", "| --- | --- |", *rows])
@@ -185,13 +201,35 @@ def expert_card(label: str, base: str, component: str, kind: str, *, projected: 
 
 
 def _made(run: Mapping[str, Any]) -> str:
-    command = f"Made with deme-diffusion by\n\n{fenced(_portable(run['command']), 'sh')}" if run.get("command") else ""
-    recipe = (
-        f"{'from' if command else 'From'} the recipe\n\n{fenced(_portable_recipe(run['recipe_yaml']), 'yaml')}"
-        if run.get("recipe_yaml")
-        else ""
-    )
-    return "\n\n".join(part for part in (command, recipe) if part)
+    """Package, command, and the recipe: what differs from the defaults, and folded all of it."""
+    command, recipe = run.get("command"), run.get("recipe_yaml")
+    if not command and not recipe:
+        return ""
+    by = " by" if command else "."
+    parts = [f"Made with the Python package `{PACKAGE}`{_version()}{by}"]
+    parts += [fenced(_portable(command), "sh")] if command else []
+    if recipe:
+        some = _changed(recipe)
+        lead = "The recipe's settings that differ from the defaults:"
+        parts += [lead, fenced(_portable_recipe(some), "yaml")] if some else []
+        parts.append(folded("The recipe with every setting", fenced(_portable_recipe(recipe), "yaml")))
+    return "\n\n".join(parts)
+
+
+def _version() -> str:
+    try:
+        return f" {metadata.version(PACKAGE)}"
+    except metadata.PackageNotFoundError:  # a source tree that is not installed
+        return ""
+
+
+def _changed(text: str) -> str:
+    """The recipe's settings that differ from their defaults, as YAML; '' of what is no recipe of this version."""
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError):  # pydantic's errors are such
+        return ""
+    return str(yaml.safe_dump(recipe.changed(), sort_keys=False, allow_unicode=True, width=100))
 
 
 def _portable(command: str) -> str:
@@ -225,12 +263,3 @@ def _elsewhere(word: str) -> str:
     """`.../name` of an absolute path, also after `key=`."""
     found = re.fullmatch(r"((?:[\w.-]+=)?)(?:[/~]|[A-Za-z]:[\\/]|file:/).*?([^/\\]*)[/\\]*", word, re.DOTALL)
     return f"{found[1]}.../{found[2]}" if found else word
-
-
-def _limits(run: Mapping[str, Any]) -> str:
-    evidence = paragraph(verdict(run["table"]).sentence) if run.get("table") else ""
-    shared = (
-        "It inherits the limits, biases and licence terms of its base model and of the images it was finetuned on; this"
-        " card states no licence of its own."
-    )
-    return "\n\n".join(part for part in (DEMONSTRATION if run.get("demonstration") else "", evidence, shared) if part)

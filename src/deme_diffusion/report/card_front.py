@@ -75,10 +75,15 @@ def _finite(figure: Figure) -> bool:
 
 def _metric(name: str, figure: Figure) -> dict[str, Any]:
     """One value: with its spread and number of images, where they are known, as the metric's arguments."""
-    told = {"spread": figure["spread"], "n": figure["n"] if figure["n"] > 1 else None}
+    told = {"spread": _rounded(figure["spread"]), "n": figure["n"] if figure["n"] > 1 else None}
     known = {key: value for key, value in told.items() if value is not None}
-    metric = {"type": _type(name), "name": name, "value": figure["mean"]}
+    metric = {"type": _type(name), "name": name, "value": _rounded(figure["mean"])}
     return {**metric, "args": known} if known else metric
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six significant digits, which is more than any of these metrics has."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _type(name: str) -> str:

@@ -153,13 +153,23 @@ def _cell(row: Row, figure: Figure | None, decimals: int, best: str | None) -> C
 
 
 def _best_text(rows: Sequence[Row], metric: str, decimals: int) -> str | None:
-    """The best mean as printed; None where no direction is known or all models print the same."""
+    """The best mean as printed; None without a direction, where all print alike, or where times overlap."""
     figures = (row["metrics"].get(metric) for row in rows if row["model"] != REAL_IMAGES)
-    means = [f["mean"] for f in figures if f and f["mean"] is not None and math.isfinite(f["mean"])]
+    scored = [f for f in figures if f and f["mean"] is not None and math.isfinite(f["mean"])]
+    means = [f["mean"] for f in scored if f["mean"] is not None]
     better = direction(metric)
     if better is None or len({_fixed(mean, decimals) for mean in means}) < 2:
         return None
+    if any("statistic" in f["protocol"] for f in scored) and _overlaps(scored):
+        return None
     return _fixed(min(means) if better == "lower" else max(means), decimals)
+
+
+def _overlaps(times: Sequence[Figure]) -> bool:
+    """Whether the repeats of the least time (median ± half the range) reach those of another model."""
+    ranges = [(f["mean"] - (f["spread"] or 0), f["mean"] + (f["spread"] or 0)) for f in times if f["mean"] is not None]
+    (_, least), *others = sorted(ranges, key=sum)
+    return any(low <= least for low, _ in others)
 
 
 def protocol_lines(rows: Sequence[Row], columns: Sequence[str] | None = None) -> list[str]:

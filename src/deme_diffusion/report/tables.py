@@ -34,6 +34,8 @@ __all__ = [
     "check_protocols",
     "escape_markdown",
     "markdown",
+    "markdown_cell",
+    "markdown_line",
     "merge_tables",
     "paragraph",
     "read_table",
@@ -106,18 +108,22 @@ def paragraph(text: str) -> str:
 def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """The table as markdown, best values bold, with one line per distinct protocol below."""
     table = cells(rows, columns)
-    lines = [_line(["model", *map(escape_markdown, table)]), _line(["---", *["---:"] * len(table)])]
+    lines = [markdown_line(["model", *map(escape_markdown, table)]), markdown_line(["---", *["---:"] * len(table)])]
     for index, row in enumerate(rows):
-        lines.append(_line([escape_markdown(row["model"]), *(_bold(column[index]) for column in table.values())]))
+        lines.append(
+            markdown_line([escape_markdown(row["model"]), *(markdown_cell(column[index]) for column in table.values())])
+        )
     notes = protocol_lines(rows, columns) + reason_lines(rows, columns)
     return "\n".join(lines + [""] * bool(notes) + [f"- {escape_markdown(note)}" for note in notes]) + "\n"
 
 
-def _line(texts: Sequence[str]) -> str:
+def markdown_line(texts: Sequence[str]) -> str:
+    """A row of a markdown table, of texts that are escaped already."""
     return f"| {' | '.join(texts)} |"
 
 
-def _bold(cell: Cell) -> str:
+def markdown_cell(cell: Cell) -> str:
+    """A cell as markdown, the best value bold."""
     return f"**{cell.text}**" if cell.best else cell.text
 
 

@@ -14,6 +14,9 @@ UNKNOWN = frozenset({"one seed", "alike"})
 """Outcomes without an interval."""
 
 
+SCORED = {"better": "better than", "worse": "worse than", "like": "the same as", "mixed": "now better, now worse than"}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """merged minus another model: `difference` ± `margin` over `seeds` seeds each.
@@ -128,7 +131,7 @@ def _against_control(base: Outcome, c: Comparison, figure: str) -> str:
 
 def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
     if any(c.outcome == "one seed" for c in comparisons):
-        return "Nothing can be concluded from one training seed."
+        return f"{_scored(comparisons)} Nothing can be concluded from one training seed."
     if alike := next((c for c in comparisons if c.outcome == "alike"), None):
         return f"All {alike.seeds} seeds differ alike in {alike.metric}, which gives no interval to conclude from."
     if helps is None:
@@ -136,3 +139,26 @@ def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
     if helps:
         return "So here decouple-then-merge helps."
     return "So decouple-then-merge is not shown to help here."
+
+
+def _scored(comparisons: Sequence[Comparison]) -> str:
+    """The signs of the differences in words, which claim nothing: `merged scored worse than base by both samplers.`"""
+    columns = list(dict.fromkeys(c.metric for c in comparisons))
+    alike = {metric.split(" ")[0] for metric in columns}
+    each = "samplers" if len(alike) == 1 else "FDs"
+    by = "" if len(columns) < 2 else f" by both {each}" if len(columns) == 2 else f" by all {len(columns)} {each}"
+    words: dict[str, set[str]] = {}
+    for c in comparisons:
+        words.setdefault(c.other, set()).add(_word(c))
+    told: dict[str, list[str]] = {}
+    for other, found in words.items():
+        told.setdefault(found.pop() if len(found) == 1 else "mixed", []).append(other)
+    parts = [f"{SCORED[word]} {' and '.join(others)}" for word, others in told.items()]
+    return f"merged scored {', '.join(parts)}{'' if 'mixed' in told else by}."
+
+
+def _word(c: Comparison) -> str:
+    """Of the means as they are printed; a lower FD is better."""
+    decimals = figure_decimals([c.merged, c.theirs])
+    ours, theirs = (number(figure, decimals).split(" ")[0] for figure in (c.merged, c.theirs))
+    return "like" if ours == theirs else "better" if c.difference < 0 else "worse"

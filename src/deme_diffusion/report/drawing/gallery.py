@@ -86,17 +86,28 @@ def draw_files(files: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     pictures relative to `out`. Raises UserError for a file that is no figure's data, or cannot be drawn.
     """
     groups: dict[str, list[tuple[Path, FigureData]]] = {}
-    for file in files:
+    for file in {file.resolve(): file for file in files}.values():
         groups.setdefault((data := read_figure(file)).kind, []).append((file, data))
         if data.kind not in DRAWINGS:
             raise UserError(f"{file}: figure {data.kind!r} is none of ours{nearest(data.kind, list(DRAWINGS))}")
     drawn = []
     for kind, group in groups.items():
         parts = [sorted(group, key=_widest_first)] if kind in TOGETHER else [[one] for one in group]
-        for part in parts:
-            prefix = f"{part[0][0].stem}-" if len(parts) > 1 else ""
+        prefixes = _prefixes([part[0][0] for part in parts])
+        for part, prefix in zip(parts, prefixes, strict=True):
             drawn += _drawn_files(kind, part, out, prefix)
     return drawn
+
+
+def _prefixes(files: Sequence[Path]) -> list[str]:
+    """What tells the pictures of several files apart: their names, those of their runs, or numbers."""
+    if len(files) == 1:
+        return [""]
+    runs = [file.absolute().parent for file in files]
+    names = [(parent.parent if parent.name == FOLDER else parent).name for parent in runs]
+    choices = ([file.stem for file in files], [f"{n}-{f.stem}" for n, f in zip(names, files, strict=True)])
+    told = next((c for c in choices if len(set(c)) == len(c)), [f"{i}-{f.stem}" for i, f in enumerate(files)])
+    return [f"{name}-" for name in told]
 
 
 def _widest_first(one: tuple[Path, FigureData]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image as Picture
 
 from deme_diffusion.config import FIGURES
 from deme_diffusion.report.album import JPEG, PNG, Album, Form
-from deme_diffusion.report.cells import REAL_IMAGES
+from deme_diffusion.report.cells import REAL_IMAGES, difference_said
 from deme_diffusion.report.page.drawn import analyze_command, figures_told
 from deme_diffusion.report.words import bounded
 
@@ -28,7 +29,10 @@ HEADINGS = {
     "vectors": "Task vectors by layer",
     "trajectory": "Samples, and one image's way through the steps",
 }
+VALIDATION = "validation"
+CHANGE = "against optimizer steps, as each line's change since its first value"
 Run = Mapping[str, Any]
+Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def grids_section(run: Run, folder: Path, album: Album) -> list[dict[str, Any]]:
@@ -73,23 +77,44 @@ def curves_section(run: Run, album: Album) -> list[dict[str, Any]]:
         return []
     from deme_diffusion.report.figures import curves
 
-    return [
-        {"name": name, "alt": _curves_told(name, series), "image": album.svg(curves(series, name))}
-        for name, series in plots
-    ]
+    found = []
+    for name, series in plots:
+        changes = _changes(series) if name.startswith(VALIDATION) else None
+        if changes is None:
+            image, said = album.svg(curves(series, name)), "against optimizer steps"
+        else:
+            image, said = album.svg(curves(changes, "change since the first value (%)")), CHANGE
+        found.append({"name": name, "said": said, "alt": _curves_told(name, series, changes), "image": image})
+    return found
 
 
-def _curves_told(name: str, series: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """First and last value of each line, as they are drawn."""
+def _changes(series: Curves) -> dict[str, list[tuple[float, float]]] | None:
+    """Each line's change since its first value in %: of several ranges the losses lie far apart, and look flat."""
+    changes = {}
+    for label, points in series.items():
+        known = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+        if known and not known[0][1]:
+            return None
+        changes[label] = [(step, 100 * (value / known[0][1] - 1)) for step, value in known]
+    return changes
+
+
+def _curves_told(name: str, series: Curves, changes: Curves | None) -> str:
+    """First value of each line, and its last one or the change until then, as they are drawn."""
     from deme_diffusion.report.figures import thinned
 
     told = []
     for label, points in series.items():
         steps, values = thinned(points)
-        told.append(
-            f"{label} from {values[0]:.3g} to {values[-1]:.3g} at step {steps[-1]:,.0f}" if len(steps) else label
-        )
-    return f"{name} against optimizer steps: {bounded(told)}"
+        if not len(steps):
+            told.append(label)
+        elif changes is None:
+            told.append(f"{label} from {values[0]:.3g} to {values[-1]:.3g} at step {steps[-1]:,.0f}")
+        else:
+            change = difference_said(thinned(changes[label])[1][-1], None)
+            told.append(f"{label} {values[0]:.3g}, {change} % at step {steps[-1]:,.0f}")
+    how = "against optimizer steps" if changes is None else "first, and its change in % by optimizer steps"
+    return f"{name} {how}: {bounded(told)}"
 
 
 def grids_said(run: Run) -> str:

@@ -11,6 +11,7 @@ from deme_diffusion.report.ablation_page import ablation_section
 from deme_diffusion.report.album import MOST_BYTES, Album
 from deme_diffusion.report.card import DEMONSTRATION, loading_lines, method_said, needs
 from deme_diffusion.report.cells import Row
+from deme_diffusion.report.glossary import BEST, words_of
 from deme_diffusion.report.page import merging, pictures
 from deme_diffusion.report.page.environment import environment
 from deme_diffusion.report.page.losses import losses_section
@@ -63,6 +64,8 @@ def _values(run: Mapping[str, Any], folder: Path, album: Album, refresh: int | N
         "table": table_section(rows, losses["metrics"] if losses else ()),
         "grids": pictures.grids_section(run, folder, album),
         "grids_said": pictures.grids_said(run),
+        "words": words_of(run),
+        "best": BEST,
         "losses": losses,
         "curves": pictures.curves_section(run, album),
         "weights": merging.weights_section(run, album),

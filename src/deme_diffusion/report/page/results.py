@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from deme_diffusion.report.cells import (
     REAL_IMAGES,
-    Figure,
     Row,
     cells,
     direction,
@@ -16,6 +14,7 @@ from deme_diffusion.report.cells import (
     protocol_text,
     reason_lines,
 )
+from deme_diffusion.report.glossary import spreads_said
 from deme_diffusion.report.verdict import verdict
 
 FIRST = ("base", "merged")  # so that they are in sight where the table has to be scrolled
@@ -51,31 +50,5 @@ def table_section(rows: list[Row], elsewhere: Collection[str] = ()) -> dict[str,
         parts = [(kind, cell.best, *cell.text.partition(" ± ")[::2]) for kind, cell in zip(kinds, line, strict=True)]
         lines.append({"metric": metric, "cells": parts, "rule": protocol != before, "arrow": arrow})
     models = list(zip(kinds, (row["model"] for row in rows), strict=True))
-    told = {"protocols": protocol_lines(rows), "reasons": reason_lines(rows), "spreads": list(_spreads(rows))}
+    told = {"protocols": protocol_lines(rows), "reasons": reason_lines(rows), "spreads": list(spreads_said(rows))}
     return {"models": models, "lines": lines, "elsewhere": bool(elsewhere), **told}
-
-
-def _spreads(rows: Sequence[Row]) -> Iterator[str]:
-    """What ± is, by the figures that have one."""
-    figures = [figure for row in rows for figure in row["metrics"].values() if figure["spread"] is not None]
-    measured = [figure for figure in figures if "statistic" not in figure["protocol"]]
-    trainings = max((len(figure["seeds"]) for figure in measured), default=0)
-    samplings = max((_samplings(figure) for figure in measured), default=1)
-    each = f", each the mean over its {samplings} sampling seeds" if samplings > 1 else ""
-    if trainings > 1:
-        yield f"± is the standard deviation over {trainings} training seeds{each}."
-    elif trainings and samplings > 1:
-        yield (
-            f"± is the standard deviation over {samplings} sampling seeds of one training: what sampling alone makes of"
-            " it, and nothing about another training."
-        )
-    elif trainings:
-        yield "± is the standard deviation over seeds."
-    if len(measured) < len(figures):
-        yield "Of times: median ± half the range of the repeats."
-
-
-def _samplings(figure: Figure) -> int:
-    """Sampling seeds of each training: `3 training x 2 sampling`."""
-    found = re.search(r"(\d+) sampling", str(figure["protocol"].get("seeds", "")))
-    return int(found[1]) if found else 1
