@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import deme_diffusion
@@ -121,11 +122,18 @@ def test_what_must_start_fast_imports_no_torch_even_through_others() -> None:
         reached, todo = set[str](), [start]
         while todo:
             reached.add(module := todo.pop())
-            tree = ast.parse(MODULES[module].read_text())
-            heavy = [n for n in imports(at_import(tree)) if any(f"{n}.".startswith(f"{h}.") for h in HEAVY)]
+            heavy, own = imported_at_once(module)
             wrong += [f"{start} reaches {module}, which imports {name}" for name in heavy]
-            todo += {within(name) for name in ours(at_import(tree))} - reached
+            todo += own - reached
     assert not wrong
+
+
+@cache
+def imported_at_once(module: str) -> tuple[list[str], set[str]]:
+    """What is heavy, and which of our modules, that importing a module imports."""
+    nodes = list(at_import(ast.parse(MODULES[module].read_text())))
+    heavy = [n for n in imports(iter(nodes)) if any(f"{n}.".startswith(f"{h}.") for h in HEAVY)]
+    return heavy, {within(name) for name in ours(iter(nodes))}
 
 
 def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
