@@ -10,7 +10,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/deme run digits
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
