@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +22,7 @@ from deme_diffusion.figure_file import FigureData, read_figure, write_figure
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.report.drawing.activations import pictures
 from deme_diffusion.report.figures import png_of, svg_of
+from drawn import sizes_without_torch
 
 Splits = dict[SplitName, Split]
 CHANNELS = np.array([0.1, 0.2, 0.4, 0.1])
@@ -336,15 +335,5 @@ def test_data_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_picture_needs_no_torch(tmp_path: Path) -> None:
     figure(tmp_path / "a.npz", 3, 8, (4, 4))
-    code = f"""
-import sys
-sys.modules["torch"] = None
-from pathlib import Path
-from deme_diffusion.figure_file import read_figure
-from deme_diffusion.report.drawing.activations import pictures
-from deme_diffusion.report.figures import svg_of
-for picture in pictures([read_figure(Path({str(tmp_path / "a.npz")!r}))]):
-    print(len(svg_of(picture.draw, picture.width, picture.height)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 10_000
+    sizes = sizes_without_torch(tmp_path / "a.npz")
+    assert list(sizes) == ["activations"] and min(sizes.values()) > 10_000

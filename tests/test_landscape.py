@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from deme_diffusion.models.projection import attach, attached
 from deme_diffusion.report.drawing.contours import levels, smooth
 from deme_diffusion.report.drawing.landscape import pictures
 from deme_diffusion.report.figures import svg_of
+from drawn import sizes_without_torch
 from quadratic import SIZE, Array, Known, Linear, at, loads, module_at, noise_around, patterns
 
 BASE = at(seed=0)
@@ -394,20 +393,7 @@ def test_a_smoothed_map_goes_through_its_cells() -> None:
     np.testing.assert_allclose(fine_y[::4], y)
 
 
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = sys.modules["diffusers"] = None
-from pathlib import Path
-from deme_diffusion.figure_file import read_figure
-from deme_diffusion.report.drawing.landscape import pictures
-from deme_diffusion.report.figures import png_of
-(picture,) = pictures([read_figure(Path(sys.argv[1]))])
-print(len(png_of(picture.draw, picture.width, picture.height)))
-"""
-
-
 def test_it_is_drawn_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     landscape(tmp_path)
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "landscape.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 10_000
+    sizes = sizes_without_torch(tmp_path / "landscape.npz")
+    assert list(sizes) == ["landscape"] and sizes["landscape"] > 10_000

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +21,7 @@ from deme_diffusion.figure_file import FigureData, read_figure
 from deme_diffusion.report.drawing.contours import plus_minus, rounded
 from deme_diffusion.report.drawing.plane import pictures
 from deme_diffusion.report.figures import svg_of
+from drawn import sizes_without_torch
 from quadratic import SIZE, Array, Known, Linear, at, loads, module_at, noise_around
 
 BASE = at(seed=0)
@@ -235,20 +234,7 @@ def test_of_many_experts_the_two_of_the_plane_are_named(tmp_path: Path) -> None:
     assert svg_of(picture.draw, picture.width, picture.height).count(b"expert 30") == 0
 
 
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = sys.modules["diffusers"] = None
-from pathlib import Path
-from deme_diffusion.figure_file import read_figure
-from deme_diffusion.report.drawing.plane import pictures
-from deme_diffusion.report.figures import png_of
-(picture,) = pictures([read_figure(Path(sys.argv[1]))])
-print(len(png_of(picture.draw, picture.width, picture.height)))
-"""
-
-
 def test_it_is_drawn_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     plane(tmp_path)
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "plane.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 10_000
+    sizes = sizes_without_torch(tmp_path / "plane.npz")
+    assert list(sizes) == ["plane"] and sizes["plane"] > 10_000
