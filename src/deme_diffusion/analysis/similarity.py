@@ -31,7 +31,7 @@ from deme_diffusion.decoupling.switches import checkpoint_gradients
 from deme_diffusion.division import Runs, from_runs, name_of, to_runs, whole
 from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import write_figure
-from deme_diffusion.models.denoiser import Denoiser, Noised
+from deme_diffusion.models.denoiser import Denoiser, Noised, on_device
 from deme_diffusion.models.objective import denoising_loss
 from deme_diffusion.rng import image_at, normals, uniforms
 
@@ -201,11 +201,12 @@ class Gradients:
         for start in range(first, first + size, self.batch_size):
             end = min(start + self.batch_size, first + size)
             picked = [image_at(seed, index, len(self.split)) for index in range(start, end)]
-            images = self.split.training_images(picked, seed=seed, purpose="similarity", step=0, first=start)
+            batch = self.split.training_batch(picked, seed=seed, purpose="similarity", step=0, first=start)
             u = uniforms(seed, "similarity-t", 0, start, end - start)[:, 0] + np.arange(start, end) - first
             t = torch.from_numpy(self.denoiser.timesteps(timesteps, u / size))
-            noise = torch.from_numpy(normals(seed, "similarity-noise", 0, start, len(picked), tuple(images.shape[1:])))
-            yield self.denoiser.noised({"image": images.to(device)}, t.to(device), noise.to(device))
+            shape = self.denoiser.sample_shape
+            noise = torch.from_numpy(normals(seed, "similarity-noise", 0, start, len(picked), shape))
+            yield self.denoiser.noised(on_device(batch, device), t.to(device), noise.to(device))
 
     def add(self, total: list[torch.Tensor], batches: Iterator[Noised]) -> None:
         """Add to `total` the gradient summed over samples: a tensor for each trainable parameter."""

@@ -6,9 +6,18 @@ value, so an ablation is one override.
 
 from deme_diffusion.config.analysis import FIGURES, AnalyzeSettings, FigureName
 from deme_diffusion.config.base import Settings
-from deme_diffusion.config.evaluation import EvaluateSettings, ExtractorSettings, LossSettings, SamplerSettings
+from deme_diffusion.config.evaluation import (
+    ClipSettings,
+    EvaluateSettings,
+    ExtractorSettings,
+    LossSettings,
+    PromptSettings,
+    SamplerSettings,
+)
 from deme_diffusion.config.inputs import (
+    TAKES,
     AugmentSettings,
+    CacheSettings,
     DataSettings,
     ModelSettings,
     ScheduleSettings,
@@ -21,8 +30,11 @@ from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, T
 
 __all__ = [
     "FIGURES",
+    "TAKES",
     "AnalyzeSettings",
     "AugmentSettings",
+    "CacheSettings",
+    "ClipSettings",
     "DataSettings",
     "DecoupleSettings",
     "EvaluateSettings",
@@ -34,6 +46,7 @@ __all__ = [
     "MethodOptions",
     "ModelSettings",
     "PretrainSettings",
+    "PromptSettings",
     "Recipe",
     "RuntimeSettings",
     "SamplerSettings",

@@ -19,13 +19,17 @@ class SamplerSettings(Settings):
     num_inference_steps: Positive = 50
     eta: Probability = 0.0
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    guidance_scale: float | None = Field(
+        None, ge=0.0, description="classifier-free guidance; null: the stock pipeline's own default"
+    )
 
     @property
     def label(self) -> str:
         """Short name of a table's column: `DDIM-50`."""
         eta = f"-eta{self.eta:g}" if self.eta else ""
         spacing = f"-{self.timestep_spacing}" if self.timestep_spacing else ""
-        return f"{self.name.removesuffix('Scheduler')}-{self.num_inference_steps}{eta}{spacing}"
+        guidance = "" if self.guidance_scale is None else f"-cfg{self.guidance_scale:g}"
+        return f"{self.name.removesuffix('Scheduler')}-{self.num_inference_steps}{eta}{spacing}{guidance}"
 
 
 class ExtractorSettings(Settings):
@@ -62,6 +66,30 @@ class LossSettings(Settings):
     seed: int = 0
 
 
+class PromptSettings(Settings):
+    """What images are asked for where the model takes text or classes, and what they are compared with.
+
+    `report`: the captions or classes of the report split, which is the reference. `coco30k`, `imagenet1k`, `parti`: the
+    paper's (Table 2), from files at `path`, compared with `images` where FD is to be measured. `file`: any prompts.
+    """
+
+    protocol: Literal["report", "coco30k", "imagenet1k", "parti", "file"] = "report"
+    path: str | None = Field(None, description="captions .json (coco30k), PartiPrompts .tsv, classes or prompts .txt")
+    images: str | None = Field(None, description="folder of the reference images of FD; parti has none")
+    seed: int = Field(0, description="of the choice among more prompts than images")
+
+
+class ClipSettings(Settings):
+    """The model of the CLIP score: a transformers CLIP by hub name or folder; null trains a small one (`deme clip`)."""
+
+    pretrained: str | None = None
+    revision: str | None = None
+    embedding: Positive = Field(32, description="width of the common space of one trained here")
+    total_steps: Positive = 1500
+    train_batch_size: Positive = 64
+    learning_rate: float = Field(2e-3, gt=0.0)
+
+
 class EvaluateSettings(Settings):
     """What the table measures; the reference is the report split."""
 
@@ -80,6 +108,8 @@ class EvaluateSettings(Settings):
     reference_statistics: str | None = Field(
         None, description="a published .npz (mu, sigma): a second FD, against these instead of the report split"
     )
+    prompts: PromptSettings = PromptSettings()
+    clip_score: bool = Field(False, description="the CLIP score of each image with its prompt, by the model of `clip`")
     controls: tuple[Literal["all-timesteps", "soup", "all-timesteps-searched"], ...] = ("all-timesteps",)
 
     @model_validator(mode="after")

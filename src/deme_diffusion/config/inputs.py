@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from deme_diffusion.config.base import Positive, Probability, Settings
 
+Precision = Literal["float32", "bfloat16", "float16"]
+TAKES: dict[str, Literal["nothing", "class", "text"]] = {
+    "ddpm": "nothing",
+    "dit": "class",
+    "stable_diffusion": "text",
+    "stable_diffusion_xl": "text",
+    "stable_diffusion_3": "text",
+    "flux": "text",
+    "wan": "text",
+}
+"""Family -> what it is conditioned on. All but ddpm denoise the latents of an autoencoder."""
+
 
 class ModelSettings(Settings):
     """The pretrained model: `packaged:NAME`, a diffusers folder, or a hub name; null trains it by `pretrain`."""
 
-    family: Literal["ddpm"] = "ddpm"
+    family: Literal["ddpm", "dit", "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "wan"] = (
+        Field("ddpm", description="stable_diffusion: 1.x and 2.x; dit: class-conditional; wan: image or video latents")
+    )
     pretrained: str | None = None
     revision: str | None = None
+    dtype: Precision = Field(
+        "float32", description="in which the base is held and sampled; full finetuning trains float32 copies of it"
+    )
+    encoder_dtype: Precision = Field("float32", description="in which autoencoder and text encoders run")
+    weighting_scheme: Literal["family", "uniform", "logit_normal", "mode"] = Field(
+        "family", description="flow matching: density of t (Esser et al. 2024); family: as its training script has it"
+    )
+    logit_mean: float = Field(0.0, description="weighting_scheme=logit_normal")
+    logit_std: float = Field(1.0, gt=0.0, description="weighting_scheme=logit_normal")
+    mode_scale: float = Field(1.29, description="weighting_scheme=mode")
+
+    @property
+    def takes(self) -> Literal["nothing", "class", "text"]:
+        """What the family is conditioned on."""
+        return TAKES[self.family]
+
+    @property
+    def latent(self) -> bool:
+        """Whether the family denoises latents of an autoencoder."""
+        return self.family != "ddpm"
+
+    def shaping(self) -> dict[str, Any]:
+        """Settings beside the files that shape what the base is: what its digest covers, where they are not default."""
+        return {key: value for key, value in self.changed().items() if key not in ("family", "pretrained", "revision")}
+
+
+class CacheSettings(Settings):
+    """Latents and text embeddings computed once and shared by all experts (`deme cache`), of a latent family."""
+
+    enabled: bool = Field(True, description="false: images and captions are encoded anew at every step")
+    views: Positive = Field(1, description="augmented views of each training image that are stored; epochs take turns")
+    dtype: Precision = Field("float16", description="of what is stored")
+    batch_size: Positive = Field(32, description="images or captions encoded at once")
+    shard_size: str = Field("1GB", description="of the safetensors files at most")
+    folder: str | None = Field(None, description="a cache made elsewhere by deme cache, for this model and data")
 
 
 class AugmentSettings(Settings):
@@ -29,8 +78,10 @@ class AugmentSettings(Settings):
 class DataSettings(Settings):
     """The images and how they are split (by pixel hash, before augmentation) into train, search and report."""
 
-    source: Literal["digits", "folder", "parquet", "hub"] = "digits"
-    path: str | None = Field(None, description="folder of images; parquet file or folder of them; hub name owner/name")
+    source: Literal["digits", "folder", "parquet", "hub", "webdataset"] = "digits"
+    path: str | None = Field(
+        None, description="folder of images; parquet or .tar (webdataset) file or folder of them; hub name owner/name"
+    )
     revision: str | None = Field(None, description="hub: branch, tag or commit")
     subset: str | None = Field(None, description="hub: the data set's configuration, where it has several")
     split: str = Field("train", description="hub: the data set's own split or splits, as train+test")
@@ -38,7 +89,10 @@ class DataSettings(Settings):
     max_images: Positive | None = Field(None, description="a fixed random choice of so many; of a stream, the first")
     image_column: str | None = Field(None, description="null: image, or else the only column that holds images")
     label_column: str | None = Field(None, description="null: label, where there is one")
-    caption_column: str | None = Field(None, description="for families that take text; null is none")
+    caption_column: str | None = Field(
+        None, description="for families that take text; null: text, caption or txt, where there is one"
+    )
+    missing_captions: Literal["refuse", "empty"] = Field("refuse", description="empty: such images train without text")
     mode: Literal["RGB", "L"] = Field("RGB", description="colour or grey; what is otherwise is converted")
     resolution: Positive | None = Field(None, description="the shorter side is resized to it; null keeps the sizes")
     interpolation: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"

@@ -67,6 +67,10 @@ class MergeSettings(Settings):
         None, description="of the merged weights; null: the base's"
     )
     max_shard_size: str | None = Field(None, description="as 5GB; null: sharded like the base")
+    lora_rank: Positive | None = Field(
+        None, description="LoRA experts: rank of the merged LoRA, by SVD; null: the sum of ranks, which is exact"
+    )
+    fuse: bool = Field(False, description="LoRA experts: leave a whole pipeline, not a LoRA for the base")
     fisher_samples: Positive = Field(512, description="method fisher: images whose squared gradients are averaged")
     search: Literal["none", "least_squares", "grid", "gradient", "cma_es", "tpe"] = "least_squares"
     objective: Literal["fd", "loss", "relative_loss"] = Field(

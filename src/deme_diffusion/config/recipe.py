@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from deme_diffusion.config.analysis import AnalyzeSettings
 from deme_diffusion.config.base import NonNegative, Positive, Settings
-from deme_diffusion.config.evaluation import DIGITS_CNN, EvaluateSettings, ExtractorSettings
-from deme_diffusion.config.inputs import DataSettings, ModelSettings, SimilaritySettings
+from deme_diffusion.config.evaluation import DIGITS_CNN, ClipSettings, EvaluateSettings, ExtractorSettings
+from deme_diffusion.config.inputs import CacheSettings, DataSettings, ModelSettings, SimilaritySettings
 from deme_diffusion.config.merging import MergeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
 
@@ -48,8 +48,10 @@ class Recipe(Settings):
     seeds: tuple[NonNegative, ...] = Field((0,), min_length=1)
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
+    cache: CacheSettings = CacheSettings()
     pretrain: PretrainSettings = PretrainSettings()
     extractor: ExtractorSettings = ExtractorSettings(pretrained=DIGITS_CNN)
+    clip: ClipSettings = ClipSettings()
     similarity: SimilaritySettings = SimilaritySettings()
     decouple: DecoupleSettings = DecoupleSettings()
     merge: MergeSettings = MergeSettings()
@@ -80,6 +82,19 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _family_agrees(self) -> Self:
+        family, changed = self.model.family, self.model.changed()
+        if self.model.latent and self.model.pretrained is None:
+            raise ValueError(f"model.pretrained: family {family} is not trained from scratch here; name a base")
+        if not self.model.latent and (idle := [k for k in ("encoder_dtype",) if k in changed]):
+            raise ValueError(f"model.{idle[0]}: family {family} has no encoder; leave it out")
+        if not self.model.latent and (idle := list(self.cache.changed())):
+            raise ValueError(f"cache.{idle[0]}: family {family} has no latents to keep; leave it out")
+        if self.model.takes == "nothing" and self.decouple.proportion_empty_prompts:
+            raise ValueError(f"decouple.proportion_empty_prompts: family {family} takes no prompts; leave it 0")
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         weights, ranges = self.merge.weights, self.decouple.num_ranges
         if weights is not None and len(weights) != ranges:
@@ -93,6 +108,6 @@ class Recipe(Settings):
             raise ValueError(f"decouple.init=ema: the base is pretrained here, and its weights {made}; use pretrained")
         if self.decouple.multi_task == "nash" and self.runtime.compile:
             raise ValueError("decouple.multi_task=nash takes several gradients of one graph: runtime.compile=false")
-        if self.data.caption_column is not None:  # for text-to-image families
+        if self.data.caption_column is not None and self.model.takes != "text":
             raise ValueError(f"data.caption_column: family {self.model.family} takes no captions; leave it null")
         return self

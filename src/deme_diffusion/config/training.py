@@ -38,6 +38,9 @@ class TrainSettings(Settings):
     )
     p2_gamma: float = Field(1.0, ge=0.0, description="loss_weighting=p2: the exponent")
     p2_k: float = Field(1.0, gt=0.0, description="loss_weighting=p2: what is added to the SNR")
+    proportion_empty_prompts: Probability = Field(
+        0.0, description="share of samples without their caption or class, for classifier-free guidance; 0.1 is usual"
+    )
     use_ema: bool = True
     ema_inv_gamma: float = Field(1.0, gt=0.0)
     ema_power: float = Field(0.75, gt=0.0)
@@ -135,6 +138,11 @@ class DecoupleSettings(TrainSettings):
     multi_task_clusters: Positive = 5
     multi_task_division: Literal["uniform", "log_snr"] = Field("uniform", description="how the clusters are cut")
     multi_task_update_steps: Positive = Field(25, description="multi_task=nash: steps between its weights' renewals")
+    lora_rank: Positive | None = Field(None, description="experts as LoRA of this rank; null: all weights are trained")
+    lora_alpha: float | None = Field(None, gt=0.0, description="scale alpha / rank; null: the rank, so 1")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names that layers end in, as to_q; null: the family's attention projections"
+    )
     total_steps: Positive = 80_000
     range_steps: tuple[Positive, ...] | None = Field(None, description="steps of each expert instead of an even split")
     range_learning_rates: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
@@ -179,6 +187,17 @@ class DecoupleSettings(TrainSettings):
     def _axes_have_a_place(self) -> Self:
         if self.projection == "none" and self.projection_axes != "channel":
             raise ValueError(f"projection_axes={self.projection_axes}: projection=none has no place; residual or block")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_possible(self) -> Self:
+        if self.lora_rank is None:
+            if said := [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]:
+                raise ValueError(f"{said[0]} is of LoRA experts; set lora_rank, or leave it out")
+            return self
+        for name, only in (("projection", "none"), ("init", "pretrained"), ("teacher", "frozen")):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)}: LoRA leaves the base as it is; use {name}={only}")
         return self
 
     @model_validator(mode="after")

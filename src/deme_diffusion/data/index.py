@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -204,6 +204,10 @@ class Indexed:
     def label(self, index: int) -> int | None:
         """The class, or None."""
         return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Its captions."""
+        return []
 
     def __getstate__(self) -> dict[str, Any]:
         """Loader processes map the file and open the table anew."""

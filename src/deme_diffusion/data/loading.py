@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from deme_diffusion.data.splits import Split
 from deme_diffusion.rng import image_at, normals
 
 Batch = dict[str, Any]
-"""`image`, `noise`: float32 (b, c, h, w). `step`, `first`: within step, its global sample indices begin at first."""
+Shape = tuple[int, ...]
+"""What a split gives (`image`, or `latent` and `condition`; `caption` or `label`), and `noise` as the model's samples.
+
+`step`, `first`: within step, its global sample indices begin at first.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,51 @@ class Order:
         return (micro * self.processes + self.process) * self.batch_size
 
 
+class Trained(Protocol):
+    """What a training reads: `data.splits.Split`, or one that was encoded beforehand."""
+
+    def __len__(self) -> int: ...
+
+    def training_batch(
+        self, positions: Sequence[int], *, seed: int, purpose: str, step: int, first: int, empty: float = 0.0
+    ) -> dict[str, Any]: ...
+
+
 class _MicroBatches(Dataset[Batch]):
     """Item k is the k-th micro-batch of the whole training run."""
 
-    def __init__(self, split: Split, order: Order, seed: int) -> None:
-        self.split, self.order, self.seed = split, order, seed
+    def __init__(self, split: Trained, order: Order, seed: int, shape: Shape | None, empty: float) -> None:
+        self.split, self.order, self.seed, self.shape, self.empty = split, order, seed, shape, empty
 
     def __getitem__(self, index: int) -> Batch:
         step, micro = divmod(index, self.order.accumulation)
         first = self.order.first(micro)
         slots = range(step * self.order.step_size + first, step * self.order.step_size + first + self.order.batch_size)
         picked = [image_at(self.seed, slot, len(self.split)) for slot in slots]
-        images = self.split.training_images(picked, seed=self.seed, purpose="augment", step=step, first=first)
+        keyed: dict[str, Any] = {"seed": self.seed, "purpose": "augment", "step": step, "first": first}
+        batch = self.split.training_batch(picked, **keyed, empty=self.empty)
+        shape = self.shape or tuple(batch["image"].shape[1:])
         # Drawn here, so that loader workers prepare it ahead: half the cost of a large batch is its noise.
-        noise = normals(self.seed, "noise", step, first, len(images), tuple(images.shape[1:]))
-        return {"image": images, "noise": torch.from_numpy(noise), "step": step, "first": first}
+        noise = normals(self.seed, "noise", step, first, len(picked), shape)
+        return {**batch, "noise": torch.from_numpy(noise), "step": step, "first": first}
 
 
-def steps(split: Split, order: Order, *, seed: int, start: int, stop: int, workers: int = 0) -> Iterator[list[Batch]]:
-    """For each optimizer step in [start, stop) its micro-batches, loaded ahead by `workers` processes."""
-    batches = _MicroBatches(split, order, seed)
+def steps(
+    split: Trained,
+    order: Order,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    shape: Shape | None = None,
+    empty: float = 0.0,
+) -> Iterator[list[Batch]]:
+    """For each optimizer step in [start, stop) its micro-batches, loaded ahead by `workers` processes.
+
+    `shape`: of a sample's noise; None: of the images. `empty`: share of samples without their prompt.
+    """
+    batches = _MicroBatches(split, order, seed, shape, empty)
     indices = range(start * order.accumulation, stop * order.accumulation)
     loader = DataLoader(
         batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,18 +13,30 @@ import numpy.typing as npt
 from deme_diffusion.errors import MachineError
 from deme_diffusion.files import file_digest
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDINGS = (
+    "a handwritten {}",
+    "the digit {}",
+    "a picture of the number {}",
+    "{}",
+    "a small grey {} drawn by hand",
+    "the numeral {} in pencil",
+)
 SplitName = Literal["train", "search", "report"]
 Pixels = npt.NDArray[np.uint8]
 
 
 class Source(Protocol):
-    """Images by index: `pixels(i)` is uint8 (height, width, channels); labels are optional."""
+    """Images by index: `pixels(i)` is uint8 (height, width, channels); labels and captions are optional."""
 
     def __len__(self) -> int: ...
 
     def pixels(self, index: int) -> Pixels: ...
 
     def label(self, index: int) -> int | None: ...
+
+    def captions(self, index: int) -> Sequence[str]:
+        """One or several captions of an image; none where the source has no text."""
 
 
 class Digits:
@@ -46,6 +59,11 @@ class Digits:
     def label(self, index: int) -> int:
         """The digit, 0..9."""
         return int(self._labels[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The digit in several wordings."""
+        word = WORDS[self.label(index)]
+        return [wording.format(word) for wording in WORDINGS]
 
     @staticmethod
     def content_digest() -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.rng import generator, uniforms
 
 SPLITS: tuple[SplitName, ...] = ("train", "search", "report")
+Carries = Literal["nothing", "class", "text"]
 
 
 def split_of(pixels: Pixels, settings: DataSettings) -> SplitName:
@@ -41,12 +43,16 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a source: `indices` into the source, in an order that does not follow classes."""
+    """One split of a source: `indices` into the source, in an order that does not follow classes.
+
+    `carries`: what its batches hold beside images, as the model takes it (`Denoiser.takes`).
+    """
 
     name: SplitName
     source: Source
     indices: Sequence[int]
     settings: DataSettings
+    carries: Carries = "nothing"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -70,6 +76,46 @@ class Split:
         else:
             images = self.images(positions)
         return augmented(images, self.settings.augment, seed=seed, purpose=purpose, step=step, first=first)
+
+    def training_batch(
+        self, positions: Sequence[int], *, seed: int, purpose: str, step: int, first: int, empty: float = 0.0
+    ) -> dict[str, Any]:
+        """`image` as `training_images`, and `caption` or `label`: one of an image's captions, or with the probability
+        `empty` none ('' or -1), for classifier-free guidance. Each draw is keyed by first + i."""
+        images = self.training_images(positions, seed=seed, purpose=purpose, step=step, first=first)
+        if self.carries == "nothing":
+            return {"image": images}
+        draws = uniforms(seed, f"prompt {purpose}", step, first, len(positions), each=2)
+        return {"image": images, **self.prompts(positions, draws[:, 0], dropped=draws[:, 1] < empty)}
+
+    def view_batch(self, view: int, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+        """`image` as `view`, and `caption` or `label`: each view has the next of an image's captions."""
+        batch = {"image": self.view(view % self.settings.views, start, stop)}
+        if self.carries == "nothing":
+            return batch
+        positions = range(len(self))[start:stop]
+        return {**batch, **self.prompts(positions, view)}
+
+    def prompts(
+        self, positions: Sequence[int], which: int | np.ndarray, dropped: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """`caption` (b strings) or `label` (b,): the caption by number, or by draws in [0, 1); none where `dropped`."""
+        gone = np.zeros(len(positions), bool) if dropped is None else dropped
+        if self.carries == "class":
+            return {"label": torch.where(torch.from_numpy(gone), -1, self.labels(positions))}
+        numbers = [which if isinstance(which, int) else float(which[i]) for i in range(len(positions))]
+        captions = [self.caption(p, number) for p, number in zip(positions, numbers, strict=True)]
+        return {"caption": ["" if gone[i] else caption for i, caption in enumerate(captions)]}
+
+    def caption(self, position: int, which: int | float) -> str:
+        """One caption of an image: by number, counted round, or by a draw in [0, 1). Raises UserError without any."""
+        captions = self.source.captions(self.indices[position])
+        if not captions:
+            where = f" {self.settings.path}" if self.settings.path else ""
+            raise UserError(
+                f"data.source {self.settings.source}{where}: its images have no captions (data.caption_column)"
+            )
+        return captions[which % len(captions) if isinstance(which, int) else int(which * len(captions))]
 
     def _square(self, position: int, u: float, v: float) -> Pixels:
         """One image, cropped to `data.resolution` where it is longer; (u, v) in [0, 1) place the crop."""

@@ -160,8 +160,11 @@ def _forward(denoiser: Denoiser, student: Projected, settings: TrainSettings, st
     wide = next(student.parameters()).dtype
     x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=wide)
     t = torch.zeros(settings.train_batch_size, dtype=torch.long)
+    given = denoiser.placeholder(settings.train_batch_size)
+    condition = {key: value.to(wide) if value.is_floating_point() else value for key, value in given.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.mixed_precision != "no"):
-        loss = (denoiser.predict(student, x, t, {}) - x).square().mean()  # holds on to the graph while it is counted
+        # Which holds on to the graph while it is counted.
+        loss = (denoiser.predict(student, x, t, condition) - x).square().mean()
     assert loss.requires_grad
     return sum(stored.values())
 

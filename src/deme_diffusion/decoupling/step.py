@@ -14,7 +14,7 @@ from deme_diffusion.data.loading import Batch
 from deme_diffusion.decoupling.initial import PRETRAINED, Start
 from deme_diffusion.decoupling.timesteps import Timesteps, draw_timesteps
 from deme_diffusion.division import Runs, from_runs, owners, reported
-from deme_diffusion.models.denoiser import Denoiser, Noised
+from deme_diffusion.models.denoiser import Denoiser, Noised, on_device
 from deme_diffusion.models.objective import consistency_loss, denoising_loss
 from deme_diffusion.models.weighting import timestep_weights
 
@@ -109,13 +109,14 @@ class TrainStep:
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> tuple[torch.Tensor, StepLosses]:
         job, where = self.job, {"step": batch["step"], "first": batch["first"]}
-        images, noise = (batch[key].to(self.device, non_blocking=True) for key in ("image", "noise"))
+        batch = on_device(batch, self.device)
+        noise = batch["noise"]
         drawn = draw_timesteps(
-            self.denoiser, self.subset, global_prob=job.global_prob, seed=job.seed, count=len(images),
+            self.denoiser, self.subset, global_prob=job.global_prob, seed=job.seed, count=len(noise),
             batch=self.batch, antithetic=job.antithetic, **where,
         )  # fmt: skip
         t = torch.from_numpy(drawn).to(self.device, non_blocking=True)
-        noised = self.denoiser.noised({**batch, "image": images}, t, noise)
+        noised = self.denoiser.noised(batch, t, noise)
 
         # The teacher before the student, whose activations would be in its way: 5% of a small model's step.
         answer = None if teacher is None else self._answer(teacher, noised)

@@ -135,7 +135,7 @@ def gradients(
     dropout = any(isinstance(part, nn.Dropout) and part.p for part in student.modules())
     half = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     with torch.autocast(first.device.type, dtype=half, enabled=settings.mixed_precision != "no"):
-        answer = denoiser.predict(student.train(not dropout), x, t, {})
+        answer = denoiser.predict(student.train(not dropout), x, t, denoiser.placeholder(len(x)))
     (scale * answer.float().square().mean()).backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad.detach() for name, p in student.named_parameters() if p.grad is not None}
     student.train().zero_grad(set_to_none=True)

@@ -20,8 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from deme_diffusion.config import RuntimeSettings
-from deme_diffusion.data.loading import Order, steps
-from deme_diffusion.data.splits import Split
+from deme_diffusion.data.loading import Order, Trained, steps
 from deme_diffusion.decoupling import checkpoint as checkpoints
 from deme_diffusion.decoupling.agree import all_allow, any_of, from_main, gathered
 from deme_diffusion.decoupling.ema import Ema
@@ -52,7 +51,7 @@ Preview = Callable[[nn.Module, Path], None]
 
 def train(
     denoiser: Denoiser,
-    images: Split,
+    images: Trained,
     job: Job,
     folder: Path,
     *,
@@ -73,7 +72,7 @@ def train(
 
 def _train(
     denoiser: Denoiser,
-    images: Split,
+    images: Trained,
     job: Job,
     folder: Path,
     runtime: RuntimeSettings,
@@ -139,7 +138,16 @@ def _train(
         waited = Waited(job.name, workers)
         with bar, journal:
             for micro_batches in waited.over(
-                steps(images, order, seed=job.seed, start=progress.step, stop=job.steps, workers=workers)
+                steps(
+                    images,
+                    order,
+                    seed=job.seed,
+                    start=progress.step,
+                    stop=job.steps,
+                    workers=workers,
+                    shape=denoiser.sample_shape,
+                    empty=settings.proportion_empty_prompts,
+                )
             ):
                 if _finished(progress, settings.early_stopping):
                     break

@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, vmap
 from deme_diffusion.data.splits import Split
 from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.models import projection
-from deme_diffusion.models.denoiser import Condition, Denoiser, Noised
+from deme_diffusion.models.denoiser import Condition, Denoiser, Noised, on_device
 from deme_diffusion.rng import image_at, normals, uniforms
 from deme_diffusion.weight_files import FISHER_METADATA, PROJECTION_KEY
 from deme_diffusion.weights import State, load_state, save_state
@@ -97,11 +97,11 @@ def points(
     """Samples [first, stop): images as training sees them, t uniform in the subset, noise; each keyed by its index."""
     count = stop - first
     picked = [image_at(seed, index, len(split)) for index in range(first, stop)]
-    images = split.training_images(picked, seed=seed, purpose="fisher", step=0, first=first)
+    batch = split.training_batch(picked, seed=seed, purpose="fisher", step=0, first=first)
     u = uniforms(seed, "fisher-t", 0, first, count)[:, 0]
     t = torch.from_numpy(denoiser.timesteps(from_runs(subset), u))
-    noise = torch.from_numpy(normals(seed, "fisher-noise", 0, first, count, tuple(images.shape[1:])))
-    return denoiser.noised({"image": images.to(device)}, t.to(device), noise.to(device))
+    noise = torch.from_numpy(normals(seed, "fisher-noise", 0, first, count, denoiser.sample_shape))
+    return denoiser.noised(on_device(batch, device), t.to(device), noise.to(device))
 
 
 def squared_gradients(denoiser: Denoiser, module: nn.Module, noised: Noised) -> Iterator[tuple[str, torch.Tensor]]:

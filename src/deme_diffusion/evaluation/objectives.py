@@ -25,7 +25,7 @@ from deme_diffusion.evaluation.features import extract_real, features_of
 from deme_diffusion.evaluation.metrics import frechet_distance, statistics
 from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.models.denoiser import Denoiser, Noised
-from deme_diffusion.models.objective import FixedNoise, denoising_loss
+from deme_diffusion.models.objective import FixedNoise, Held, denoising_loss
 from deme_diffusion.rng import generator
 
 Array = npt.NDArray[np.float64]
@@ -55,7 +55,7 @@ class Derivative(Protocol):
         """Pattern -> dL/dw (N,) from dL/dK of every tensor; '' for the weights without a pattern."""
 
 
-def refuse_report(split: Split) -> None:
+def refuse_report(split: Held) -> None:
     """Raises UserError unless the split may be searched on: a search on what is reported is no evidence."""
     if split.name == "report":
         raise UserError("search: asked for the report split, which is only for the table; search on the search split")

@@ -12,16 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from deme_diffusion.config import ModelSettings
 from deme_diffusion.weights import state_digest
 
 Condition = dict[str, torch.Tensor]
+Takes = Literal["nothing", "class", "text"]
+Prompt = str | int | None
+"""What an image is asked for by: a caption, a class (-1 is none), or nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,34 @@ class Noised:
     condition: Condition
 
 
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device; strings and numbers as they are."""
+    if isinstance(batch, dict):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+
+
 class Denoiser(ABC):
     """A pretrained model of one family: `module` is the component that is trained, `scheduler` the checkpoint's own."""
 
     component: ClassVar[str]
     """Name of the trained part in the diffusers pipeline: `unet` or `transformer`."""
+    takes: ClassVar[Takes] = "nothing"
+    """What the model is conditioned on, and so what a batch carries beside images: `label` or `caption`."""
 
     module: nn.Module
     scheduler: Any
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path) -> Denoiser:
-        """The model of a diffusers pipeline folder. Raises UserError when it is not of this family, or pickled."""
+    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Denoiser:
+        """The model of a diffusers pipeline folder, held in `dtype` (None: float32).
+
+        Raises UserError when it is not of this family, or pickled.
+        """
+
+    def configure(self, settings: ModelSettings) -> None:  # noqa: B027 - nothing to configure is the common case
+        """Take over what a recipe says of the model beside its files: the encoders' precision, the density of t."""
 
     @abstractmethod
     def component_from(self, folder: Path) -> nn.Module:
@@ -54,7 +73,11 @@ class Denoiser(ABC):
 
     @abstractmethod
     def noised(self, batch: dict[str, Any], t: torch.Tensor, noise: torch.Tensor) -> Noised:
-        """The forward process: what the model sees at t, and what it should answer."""
+        """The forward process: what the model sees at t, and what it should answer.
+
+        `batch` is a split's: `image` (b, c, h, w) in [-1, 1], with `label` (b,) or `caption` (b strings) where the
+        family takes them; or, encoded beforehand, `latent` and `condition` (`data.encoded`).
+        """
 
     @abstractmethod
     def predict(self, module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -71,7 +94,16 @@ class Denoiser(ABC):
     @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape (c, h, w) of one sample as the component sees it."""
+        """Shape of one sample as x_t: (c, h, w), of a video's latents (c, f, h, w)."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape (c, h, w) of an image that the model is trained on and makes: of a latent model, before the encoder."""
+        return self.sample_shape
+
+    def placeholder(self, count: int) -> Condition:
+        """Zeros (count, ...) of the shapes that `predict` takes as condition: what sizes and timings are taken on."""
+        return {}
 
     @property
     def num_train_timesteps(self) -> int:
@@ -89,6 +121,10 @@ class Denoiser(ABC):
         Uniform here; a flow-matching family overrides it by its own density.
         """
         return np.asarray(subset[(u * len(subset)).astype(np.int64)])
+
+    def mass(self, subset: npt.NDArray[np.int64]) -> float:
+        """Probability of a subset under the family's density of t: what its mean loss weighs in the overall one."""
+        return len(subset) / self.num_train_timesteps
 
     def trainable(self, module: nn.Module) -> list[nn.Parameter]:
         """The parameters that training changes: all of them here, the adapters' in a LoRA family."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from deme_diffusion.config import LossSettings
-from deme_diffusion.data.splits import Split
+from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import Runs, from_runs
-from deme_diffusion.models.denoiser import Denoiser, Noised
+from deme_diffusion.models.denoiser import Denoiser, Noised, on_device
 from deme_diffusion.rng import generator, normals
 
 
@@ -29,6 +30,17 @@ def consistency_loss(prediction: torch.Tensor, teacher: torch.Tensor) -> torch.T
     return denoising_loss(prediction, teacher.detach())
 
 
+class Held(Protocol):
+    """Held-out images: `data.splits.Split`, or one that was encoded beforehand."""
+
+    @property
+    def name(self) -> SplitName: ...
+
+    def __len__(self) -> int: ...
+
+    def view_batch(self, view: int, start: int = 0, stop: int | None = None) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class FixedNoise:
     """Held-out images at fixed timesteps and noise: the same points for every model, so that losses compare paired.
@@ -38,7 +50,7 @@ class FixedNoise:
     """
 
     denoiser: Denoiser
-    split: Split
+    split: Held
     ranges: list[Runs]
     settings: LossSettings
     batch_size: int = 256
@@ -59,10 +71,9 @@ class FixedNoise:
         subset, seed, key = from_runs(runs), self.settings.seed, repr(runs)
         jitter = generator(seed, "fixed-t", key, draw).random(self.num_images)
         t = torch.from_numpy(self.denoiser.timesteps(subset, (draw + jitter) / self.settings.draws))
-        images = self.split.view(draw % self.split.settings.views, start, stop)
-        noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, start, len(images), tuple(images.shape[1:])))
-        x, at, eps = (part.to(device) for part in (images, t[start:stop], noise))
-        return self.denoiser.noised({"image": x}, at, eps)
+        batch = on_device(self.split.view_batch(draw, start, stop), device)
+        noise = torch.from_numpy(normals(seed, f"fixed {key}", draw, start, stop - start, self.denoiser.sample_shape))
+        return self.denoiser.noised(batch, t[start:stop].to(device), noise.to(device))
 
     def losses(self, module: nn.Module) -> list[float]:
         """Mean denoising loss of a module in each range."""
@@ -74,8 +85,8 @@ class FixedNoise:
         return [self._points(module, self.batches(runs, device)) for runs in self.ranges]
 
     def overall(self, losses: list[float]) -> float:
-        """The loss over all ranges together: each weighted by the timesteps it holds."""
-        sizes = [len(from_runs(runs)) for runs in self.ranges]
+        """The loss over all ranges together: each weighted by the share of draws of t that falls into it."""
+        sizes = [self.denoiser.mass(from_runs(runs)) for runs in self.ranges]
         return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ class Analysing(Searching):
         return write_similarity(
             folder / SIMILARITY,
             self.denoiser,
-            self.splits["train"],
+            self.encoded["train"],
             settings,
             subset=node.arguments["subset"],
             batch_size=batch_size,
@@ -115,5 +115,5 @@ class Analysing(Searching):
         settings = self.recipe.analyze
         loss = LossSettings(num_images=settings.num_images, draws=settings.draws, seed=settings.seed)
         return FixedNoise(
-            self.denoiser, self.splits[settings.split], ranges, loss, self.recipe.runtime.sample_batch_size
+            self.denoiser, self.encoded[settings.split], ranges, loss, self.recipe.runtime.sample_batch_size
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deme_diffusion.artefacts import Store
-from deme_diffusion.config import MergeSettings, Recipe, TrainSettings
+from deme_diffusion.config import MergeSettings, ModelSettings, Recipe, TrainSettings
 from deme_diffusion.division import Division, Runs, name_of, whole
+from deme_diffusion.files import canonical_digest
 from deme_diffusion.merging.search import check_search, shaped_by_loss, shaping
 from deme_diffusion.pipeline import dividing, extractors, images, merges
 from deme_diffusion.pipeline.inputs import Input, check_average, check_unseen, component_of, resolve
@@ -62,7 +64,7 @@ class Models(Vertices):
                 if self.recipe.decouple.init == "ema":
                     check_average(base.path)
             check_unseen(base, self.recipe.data, self.images, key=key)
-            return base
+            return shaped(base, model)
         covered = settings.effective() | _validated(self.recipe, settings)
         parents = {"data": self.data}
         return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
@@ -189,6 +191,12 @@ class Models(Vertices):
         if label == "merged":
             self.searches[seed] = search
         return self._merge(label, experts, seed, search, how)
+
+
+def shaped(base: Input, settings: ModelSettings) -> Input:
+    """The base with what a recipe says of it beside its files in its digest; as it is where that is the default."""
+    said = settings.shaping()
+    return replace(base, digest=canonical_digest({"base": base.digest, **said})[:16]) if said else base
 
 
 def _validated(recipe: Recipe, settings: TrainSettings) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Stages(Analysing):
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
         loss, batch_size = self.recipe.evaluate.loss, self.recipe.runtime.sample_batch_size
-        validation = FixedNoise(denoiser, self.splits["search"], ranges, loss, batch_size)
+        validation = FixedNoise(denoiser, self.encoded["search"], ranges, loss, batch_size)
 
         def preview(module: nn.Module, path: Path) -> None:
             sampler = self.recipe.merge.sampler
@@ -104,7 +104,7 @@ class Stages(Analysing):
 
         return train(
             denoiser,
-            self.splits["train"],
+            self.encoded["train"],
             job,
             folder,
             runtime=self.recipe.runtime,
@@ -130,7 +130,7 @@ class Stages(Analysing):
             folder,
             self.denoiser,
             module.float().to(self.device).eval(),
-            self.splits["train"],
+            self.encoded["train"],
             what["subset"],
             samples=what["samples"],
             seed=seed_of_node(node),

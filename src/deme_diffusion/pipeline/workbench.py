@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,25 +68,34 @@ class Workbench:
         settings, commit = self.recipe.data, self.graph.source.commit
         key = (settings.model_dump_json(), data.digest)
         splits = self.shared.get("splits", key, lambda: load_splits(settings, folder, commit))
+        splits = {name: replace(split, carries=self.recipe.model.takes) for name, split in splits.items()}
         images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
         images.check_enough({name: len(split) for name, split in splits.items()}, self.recipe.evaluate)
         return splits
+
+    @property
+    def encoded(self) -> Mapping[SplitName, Any]:
+        """The splits as trainings and losses read them: encoded beforehand where the recipe has a cache."""
+        return self.splits
 
     @property
     def _taken(self) -> tuple[int, ...]:
         """(c, h, w) of what the base takes, be it made or still to be made."""
         unet = self.recipe.pretrain.unet
         made = isinstance(self.graph.base, Input)
-        return self.denoiser.sample_shape if made else (unet.in_channels, unet.sample_size, unet.sample_size)
+        return self.denoiser.image_shape if made else (unet.in_channels, unet.sample_size, unet.sample_size)
 
     @cached_property
     def denoiser(self) -> Denoiser:
         """The base behind its family's interface, on the device that `runtime.device` names."""
-        key = (self.recipe.model.family, self.graph.base.digest, str(self.device))
+        key = (self.recipe.model.model_dump_json(), self.graph.base.digest, str(self.device))
         return self.shared.get("denoiser", key, self._load_denoiser)
 
     def _load_denoiser(self) -> Denoiser:
-        denoiser = family(self.recipe.model.family).load(self.folder(self.graph.base))
+        settings = self.recipe.model
+        dtype = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
+        denoiser = family(settings.family).load(self.folder(self.graph.base), dtype)
+        denoiser.configure(settings)
         projection.refuse_beside(part_of(self.folder(self.graph.base), denoiser.component))
         denoiser.module.to(self.device).eval()
         return denoiser
@@ -116,7 +126,7 @@ class Workbench:
     def fixed_noise(self, split: SplitName, ranges: list[list[list[int]]]) -> FixedNoise:
         """The fixed-noise loss on a split."""
         batch_size = self.recipe.runtime.sample_batch_size
-        return FixedNoise(self.denoiser, self.splits[split], ranges, self.recipe.evaluate.loss, batch_size)
+        return FixedNoise(self.denoiser, self.encoded[split], ranges, self.recipe.evaluate.loss, batch_size)
 
 
 def seed_of_node(node: Node) -> int:
