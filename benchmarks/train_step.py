@@ -2,242 +2,62 @@
 
     python benchmarks/train_step.py [RECIPE] [KEY=VALUE ...] [--steps 60] [--repeats 3] [--devices cpu,cuda]
         [--workers 0,1,2] [--jpegs 512]
+    python benchmarks/train_step.py --families all [--lora 4] [--batch 8]
+    python benchmarks/train_step.py --architecture sd1 --resolution 512 --dtype bf16 [--lora 32] [--batch 4]
+        [--checkpointing] [--teacher-dtype bfloat16]
 
 A step is timed inside `decoupling.train.train`, from one call of its `combine` to the next, so it holds everything:
 data, augmentation, noise, losses, clipping, optimizer, EMA and the journal. Rows: each device that is there, with and
 without torch.compile, with so many loader workers. `waiting` is the share of a step in which the loop waits for its
 batch; without loader workers the batch is made in that time, on the step's own core. `--jpegs N` takes a folder of
 N JPEGs, decoded anew at every step, in place of the recipe's images. Medians over repeats are printed with their range.
+
+`--families` takes the tiny models of the tests (`all`, or names as stable_diffusion,flux), all weights and, with
+`--lora R`, adapters of rank R as well, on latents and embeddings as from a cache. `--architecture` takes a real size
+with random weights, latents and embeddings, whole or, with `--lora R`, by adapters alone: on a GPU, or on a CPU where
+`--devices cpu` asks for it. Peak memory is beyond the base, which a line above the table tells.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import statistics
+import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import nn
 
+import architectures
 from deme_diffusion.artefacts import Store
 from deme_diffusion.config import DataSettings, Recipe, RuntimeSettings
-from deme_diffusion.data.loading import Order, steps
-from deme_diffusion.data.splits import Split
-from deme_diffusion.decoupling import train as training
-from deme_diffusion.decoupling.ema import Ema
-from deme_diffusion.decoupling.memory import estimate
-from deme_diffusion.decoupling.setup import make_optimizer
-from deme_diffusion.decoupling.step import Job, total
-from deme_diffusion.decoupling.switches import laid_out, switched
-from deme_diffusion.decoupling.train import train
+from deme_diffusion.data.loading import Trained
+from deme_diffusion.decoupling.memory import estimate, size_of
+from deme_diffusion.decoupling.step import Job
 from deme_diffusion.errors import MachineError
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Denoiser
-from deme_diffusion.models.families import family
-from deme_diffusion.models.projection import Projected
+from deme_diffusion.models.families import FAMILIES, family
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.stages import Stages, job_of
 from deme_diffusion.recipes import load
+from step_times import WARM_UP, measured, row
 
-WARM_UP = 5
-Seconds = dict[str, float]
-
-
-def now(device: torch.device) -> float:
-    """The time when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-# -- the real loop ---------------------------------------------------------------------------------
-
-
-def real_step(denoiser: Denoiser, split: Split, job: Job, runtime: RuntimeSettings) -> Seconds:
-    """Median seconds of a step and of its waiting for the batch, and peak bytes, inside the real loop."""
-    moments: list[float] = []
-    waits: list[float] = []
-    device = torch.device(runtime.device)
-
-    def combine(losses: dict[int, torch.Tensor]) -> torch.Tensor:
-        moments.append(time.perf_counter())  # no synchronising: a step waits for the device once, by itself
-        return total(losses)
-
-    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
-        batches = steps(*arguments, **options)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            waits.append(time.perf_counter() - started)
-            if batch is None:
-                return
-            yield batch
-
-    training.steps = watched  # type: ignore[assignment]
-    try:
-        with tempfile.TemporaryDirectory() as folder, Peak(device) as peak:
-            train(denoiser, split, job, Path(folder), runtime=runtime, combine=combine)
-    finally:
-        training.steps = steps
-    step = statistics.median(b - a for a, b in itertools.pairwise(moments[WARM_UP:]))
-    return {"step": step, "waiting": statistics.median(waits[WARM_UP:-1]), "peak": peak.grown}
-
-
-class Peak:
-    """Most bytes beyond those at the start: what torch allocates on a GPU, else the process's resident memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.grown, self._over = device, 0.0, threading.Event()
-
-    def __enter__(self) -> Peak:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.start = self._now()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.005):
-            self.grown = max(self.grown, self._now() - self.start)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated(self.device))
-        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-# -- its parts, and a plain loop -------------------------------------------------------------------
-
-
-def parts(denoiser: Denoiser, split: Split, job: Job, runtime: RuntimeSettings, count: int) -> Seconds:
-    """Median seconds of each part of a step, timed one after the other in a step's own order.
-
-    In turn, not each in a loop of its own: there they would find the caches warm, as they never do in a step.
-    """
-    settings, device = job.settings, torch.device(runtime.device)
-    student = Projected(laid_out(denoiser.student().to(device), runtime), job.projection).train()
-    teacher = laid_out(denoiser.module.to(device).eval(), runtime)
-    parameters = list(student.parameters())
-    optimizer, ema = make_optimizer(parameters, job, device), Ema(parameters, settings, offload=runtime.offload_ema)
-    batch = next(steps(split, Order(settings.train_batch_size), seed=0, start=0, stop=1))[0]
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    t = torch.randint(0, denoiser.num_train_timesteps, (settings.train_batch_size,), device=device)
-    noised = denoiser.noised(batch, t, batch["noise"])
-    half = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, dtype=half, enabled=settings.mixed_precision != "no")
-
-    def student_pass() -> None:
-        with autocast():
-            prediction = denoiser.predict(student, noised.x_t, noised.t, {})
-        nn.functional.mse_loss(prediction.float(), noised.target).backward()
-
-    def teacher_forward() -> None:
-        with torch.no_grad(), autocast():
-            denoiser.predict(teacher, noised.x_t, noised.t, {})
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    work = {"student": student_pass, "teacher": teacher_forward, "optimizer": update, "EMA": ema.step}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    with switched(runtime, allow_tf32=settings.allow_tf32):
-        for _ in range(count + WARM_UP):
-            for name, part in work.items():
-                started = now(device)
-                part()
-                times[name].append(now(device) - started)
-    return {name: statistics.median(each[WARM_UP:]) for name, each in times.items()}
-
-
-def plain_step(denoiser: Denoiser, split: Split, job: Job, device: torch.device, count: int) -> float:
-    """Median seconds of a plain diffusers step in float32: no teacher, no projection, the same batch and EMA."""
-    settings, module = job.settings, denoiser.student().to(device).train()
-    parameters = list(module.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.95, 0.999), weight_decay=1e-6)
-    ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    images = split.images(list(range(min(len(split), settings.train_batch_size)))).to(device)
-
-    def step() -> None:
-        noise = torch.randn_like(images)
-        t = torch.randint(0, denoiser.num_train_timesteps, (len(images),), device=device)
-        prediction = module(denoiser.scheduler.add_noise(images, noise, t), t).sample
-        nn.functional.mse_loss(prediction, noise).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-
-    return timed(step, device, count)
-
-
-def timed(work: Callable[[], object], device: torch.device, count: int) -> float:
-    """Median seconds of one call."""
-    times = []
-    for _ in range(count + 1):
-        started = now(device)
-        work()
-        times.append(now(device) - started)
-    return statistics.median(times[1:])
-
-
-# -- the table -------------------------------------------------------------------------------------
-
-
-def measured(denoiser: Denoiser, split: Split, job: Job, runtime: RuntimeSettings, repeats: int) -> list[Seconds]:
-    """Everything, so many times, in turn."""
-    results = []
-    for _ in range(repeats):
-        each = parts(denoiser, split, job, runtime, job.steps)
-        each |= {"sum": sum(each.values()), **real_step(denoiser, split, job, runtime)}
-        each["plain"] = plain_step(denoiser, split, job, torch.device(runtime.device), job.steps)
-        results.append(each)
-    return results
-
-
-def row(name: str, results: list[Seconds], batch: int, reckoned: int) -> str:
-    """A row of the table."""
-
-    def cell(value: Callable[[Seconds], float], form: str = ".1f") -> str:
-        values = sorted(value(each) for each in results)
-        return f"{statistics.median(values):{form}} ({values[0]:{form}} to {values[-1]:{form}})"
-
-    cells = [
-        cell(lambda r: batch / r["step"], ",.0f"),
-        cell(lambda r: 1000 * r["step"]),
-        cell(lambda r: r["step"] / r["sum"], ".3f"),
-        cell(lambda r: 100 * r["teacher"] / r["step"]),
-        cell(lambda r: 100 * r["waiting"] / r["step"]),
-        f"{results[0]['peak'] / 1e6:,.0f}",
-        f"{reckoned / 1e6:,.0f}",
-        cell(lambda r: 1000 * r["plain"]),
-    ]
-    return f"| {name} | {' | '.join(cells)} |"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEAD = (
+    "| device | images/s | ms a step | / its parts | teacher % | waiting % | peak MB | reckoned MB "
+    "| ms a plain step |\n|" + " --- |" * 9
+)
 
 
 @contextmanager
-def opened(recipe: Recipe) -> Iterator[tuple[Denoiser, Split, Job]]:
+def opened(recipe: Recipe) -> Iterator[tuple[Denoiser, Trained, Job]]:
     """The base, the train split and the first expert as a run has them; images are indexed in a temporary store."""
     graph = Graph(recipe, download=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +66,7 @@ def opened(recipe: Recipe) -> Iterator[tuple[Denoiser, Split, Job]]:
             stages.store.produce(graph.data.key, stages.make(graph.data))
         if isinstance(graph.base, Node):  # untrained, which takes as long
             stages.denoiser = DDPM.from_scratch(recipe.pretrain, out_seed=0)
-        yield stages.denoiser, stages.splits["train"], job_of(recipe, graph.experts[recipe.seeds[0]][0])
+        yield stages.denoiser, stages.encoded["train"], job_of(recipe, graph.experts[recipe.seeds[0]][0])
 
 
 def on_jpegs(recipe: Recipe, count: int, folder: Path) -> Recipe:
@@ -272,26 +92,89 @@ def opened_shape(recipe: Recipe) -> tuple[int, ...]:
     return family(recipe.model.family).load(base.folder).sample_shape
 
 
-def rows(recipe: Recipe, options: argparse.Namespace, denoiser: Denoiser, split: Split, job: Job) -> Iterator[str]:
+def rows(
+    runtime: RuntimeSettings,
+    options: argparse.Namespace,
+    denoiser: Denoiser,
+    images: Trained,
+    job: Job,
+    label: str = "",
+) -> Iterator[str]:
     """The table's rows: devices, compiled or not, loader workers."""
     for device in options.devices.split(","):
         if device == "cuda" and not torch.cuda.is_available():
             yield "| cuda | none here |"
             continue
         workers = [int(count) for count in options.workers.split(",")] if options.workers else \
-            [recipe.runtime.dataloader_num_workers]  # fmt: skip
+            [runtime.dataloader_num_workers]  # fmt: skip
         for compiled, count in itertools.product((False, True)[: 1 if options.no_compile else 2], workers):
             changes = {"device": device, "compile": compiled, "dataloader_num_workers": count,
                        "checkpointing_steps": 10**9, "logging_steps": 10**9}  # fmt: skip
-            runtime = recipe.runtime.model_copy(update=changes)
-            name = f"{device}{', compiled' * compiled}, {count} workers"
-            reckoned = estimate(denoiser, job, runtime, torch.device(device))
+            own = runtime.model_copy(update=changes)
+            name = f"{label}{device}{', compiled' * compiled}, {count} workers"
             try:
-                results = measured(denoiser, split, job, runtime, options.repeats)
+                reckoned = estimate(denoiser, job, own, torch.device(device))
+                results = measured(denoiser, images, job, own, options.repeats)
             except MachineError as error:  # where torch compiles it wrongly, say
                 yield f"| {name} | {error} |"
                 continue
             yield row(name, results, job.settings.train_batch_size, sum(reckoned.values()) - reckoned["base"])
+
+
+def of_recipe(options: argparse.Namespace) -> None:
+    """The table of a recipe's first expert."""
+    recipe = load(options.recipe, options.overrides).recipe
+    with tempfile.TemporaryDirectory() as folder:
+        if options.jpegs:
+            recipe = on_jpegs(recipe, options.jpegs, Path(folder))
+        with opened(recipe) as (denoiser, images, first):
+            told(options.recipe, denoiser, first)
+            print(HEAD)
+            for line in rows(recipe.runtime, options, denoiser, images, replace(first, steps=options.steps)):
+                print(line, flush=True)
+
+
+def of_families(options: argparse.Namespace) -> None:
+    """The table of the tiny models, each whole and, where a rank is given, as LoRA."""
+    names = [name for name in FAMILIES if name != "ddpm"]
+    names = names if options.families == "all" else options.families.split(",")
+    dtype, runtime = DTYPES[options.dtype], RuntimeSettings(gradient_checkpointing=options.checkpointing)
+    print(HEAD)
+    for name, rank in itertools.product(names, (None, options.lora) if options.lora else (None,)):
+        denoiser, images = architectures.tiny(name, dtype)
+        job = architectures.job(denoiser, steps=options.steps, batch=options.batch, dtype=dtype, rank=rank)
+        label = f"{name}{f', LoRA {rank}' if rank else ''}, "
+        for line in rows(runtime, options, denoiser, images, of_teacher(job, options), label):
+            print(line, flush=True)
+
+
+def of_architecture(options: argparse.Namespace) -> None:
+    """The table of a real size with random weights."""
+    dtype, runtime = DTYPES[options.dtype], RuntimeSettings(gradient_checkpointing=options.checkpointing)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        denoiser, images = architectures.random_weights(options.architecture, options.resolution, dtype, place)
+        made = architectures.job(denoiser, steps=options.steps, batch=options.batch, dtype=dtype, rank=options.lora)
+        job = of_teacher(made, options)
+        told(f"{options.architecture} at {options.resolution} px, {options.dtype}", denoiser, job)
+        print(HEAD)
+        for line in rows(runtime, options, denoiser, images, job):
+            print(line, flush=True)
+
+
+def of_teacher(job: Job, options: argparse.Namespace) -> Job:
+    """The job with the teacher in the precision that was asked for; of LoRA it is the base, as that is."""
+    return job if job.lora else replace(job, teacher_dtype=options.teacher_dtype)
+
+
+def told(name: str, denoiser: Denoiser, job: Job) -> None:
+    """A line about what is timed."""
+    count = sum(p.numel() for p in denoiser.module.parameters())
+    how = f"LoRA {job.lora.rank}" if job.lora else "all weights"
+    print(f"{name}: {count:,} parameters ({size_of(denoiser.module) / 1e6:,.0f} MB), {how}, batch "
+          f"{job.settings.train_batch_size}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
 
 
 def main() -> None:
@@ -300,25 +183,27 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as decouple.train_batch_size=64")
     parser.add_argument("--steps", type=int, default=60, help="steps a repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--devices", default="cpu,cuda", help="those that are there are measured")
+    parser.add_argument("--devices", help="those that are there are measured; else cpu,cuda")
     parser.add_argument("--workers", default="", help="as 0,1,2: loader workers, a row each; else as the recipe says")
     parser.add_argument("--jpegs", type=int, default=0, metavar="N", help="N JPEGs made here, instead of its own data")
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows with torch.compile")
+    parser.add_argument("--families", metavar="NAMES", help="tiny models of families: all, or as flux,wan")
+    parser.add_argument("--architecture", choices=architectures.ARCHITECTURES, help="a real size with random weights")
+    parser.add_argument("--resolution", type=int, default=512, help="of --architecture, in pixels")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="in which the base is held and a step computes")
+    parser.add_argument("--teacher-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="float32: as the base is held")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lora", type=int, metavar="R", help="adapters of rank R")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     options = parser.parse_intermixed_args()
-
-    recipe = load(options.recipe, options.overrides).recipe
-    with tempfile.TemporaryDirectory() as folder:
-        if options.jpegs:
-            recipe = on_jpegs(recipe, options.jpegs, Path(folder))
-        with opened(recipe) as (denoiser, split, first):
-            job = replace(first, steps=options.steps)
-            count = sum(p.numel() for p in denoiser.module.parameters())
-            print(f"{options.recipe}: {count:,} parameters, batch {job.settings.train_batch_size}, "
-                  f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
-            print("| device | images/s | ms a step | / its parts | teacher % | waiting % | peak MB | reckoned MB "
-                  "| ms a plain step |\n|" + " --- |" * 9)  # fmt: skip
-            for line in rows(recipe, options, denoiser, split, job):
-                print(line, flush=True)
+    if options.steps < 2 + WARM_UP:
+        parser.error(f"--steps {options.steps}: {WARM_UP} of them warm up; {2 + WARM_UP} or more")
+    if options.architecture and not torch.cuda.is_available() and options.devices is None:
+        sys.exit(f"--architecture {options.architecture}: no GPU here, and a step takes minutes on a CPU; "
+                 "--devices cpu times it all the same")  # fmt: skip
+    options.devices = options.devices or ("cuda" if options.architecture else "cpu,cuda")
+    (of_architecture if options.architecture else of_families if options.families else of_recipe)(options)
 
 
 if __name__ == "__main__":

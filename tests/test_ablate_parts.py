@@ -15,6 +15,10 @@ from deme_diffusion.ablate.running import opened_plan
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.recipes import load
+from tiny import stable_diffusion
+
+TEXT = ("text dropout", "guidance scale")
+"""Parts of models that take text or classes."""
 
 
 def first_images(graph: Graph, names: Any) -> list[Node]:
@@ -36,14 +40,24 @@ def recipe(pico_values: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "pico.yaml"
 
 
-@pytest.mark.slow
-def test_every_declared_arm_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graph, "measured", first_images)
-    ablations = [
+@pytest.fixture
+def text_recipe(recipe: Path, tmp_path: Path) -> Path:
+    """The same of a tiny text-to-image pipeline."""
+    values = yaml.safe_load(recipe.read_text())
+    values["model"] = {"family": "stable_diffusion", "pretrained": str(stable_diffusion(tmp_path / "sd"))}
+    values["decouple"] |= {"projection": "none", "proportion_empty_prompts": 0.3}
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "text.yaml"
+
+
+def ablations_of(recipe: Path) -> list[Ablation]:
+    return [
         Ablation(f"{part.name} {action}", part.name, action, [json.dumps(dict(change))], change=dict(change))
         for part, action, change in declared(load(str(recipe)).recipe)
     ]
-    assert {ablation.ablated_part for ablation in ablations} == set(PARTS)
+
+
+def run_all(ablations: list[Ablation], recipe: Path) -> None:
     experiment = opened_plan(Plan("", ablations), str(recipe), [], out=recipe.parent / "runs" / "pico")
     refused = {t.slug: t.arm.reason for t in experiment.trials if t.arm.status == "not_executable"}
     assert not refused
@@ -52,3 +66,19 @@ def test_every_declared_arm_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) 
     for case in experiment.cases:
         assert case.steps >= 2
         assert all(experiment.run.store.status(node.key) == "done" for node in case.needed)
+
+
+@pytest.mark.slow
+def test_every_declared_arm_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "measured", first_images)
+    ablations = ablations_of(recipe)
+    assert {ablation.ablated_part for ablation in ablations} == set(PARTS) - {*TEXT}
+    run_all(ablations, recipe)
+
+
+@pytest.mark.slow
+def test_every_declared_arm_of_models_that_take_text_runs(text_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "measured", first_images)
+    ablations = [one for one in ablations_of(text_recipe) if one.ablated_part in ("LoRA", *TEXT)]
+    assert {ablation.ablated_part for ablation in ablations} == {"LoRA", *TEXT}
+    run_all(ablations, text_recipe)

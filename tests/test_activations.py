@@ -191,9 +191,9 @@ def test_places_of_other_networks_are_their_outermost_blocks() -> None:
 
 def test_hidden_states_come_first_and_tokens_lie_last() -> None:
     image, tokens = torch.zeros(2, 3, 4, 5), torch.zeros(2, 7, 3, dtype=torch.bfloat16)
-    assert hidden_states((image, (tokens,))) is image
-    assert hidden_states(tokens).shape == (2, 3, 7)
-    assert hidden_states(tokens).dtype == torch.float32
+    assert hidden_states(nn.Identity(), (image, (tokens,))) is image
+    assert hidden_states(nn.Identity(), tokens).shape == (2, 3, 7)
+    assert hidden_states(nn.Identity(), tokens).dtype == torch.float32
 
 
 def test_another_architecture_is_named(tmp_path: Path, digits: Splits) -> None:

@@ -195,7 +195,7 @@ def test_a_block_without_resnets_is_refused() -> None:
 
 
 def test_a_module_without_blocks_is_refused() -> None:
-    with pytest.raises(UserError, match="block finds no place in a Conv2d; use none"):
+    with pytest.raises(UserError, match="block is of U-Nets, and a Conv2d is none; use residual or none"):
         Projected(nn.Conv2d(1, 1, 1), "block")
 
 

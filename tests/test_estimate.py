@@ -14,12 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from deme_diffusion.analysis.similarity import MOST_AT_ONCE
 from deme_diffusion.config import FIGURES, UNetSettings
 from deme_diffusion.evaluation.extractors.inception_net import FEATURES, InceptionNet
-from deme_diffusion.pipeline import needs
-from deme_diffusion.pipeline.estimate import HALF, SINGLE, described, plan, time_said
+from deme_diffusion.pipeline import needs, space
+from deme_diffusion.pipeline.cost_parts import FLOAT
+from deme_diffusion.pipeline.estimate import RATES, described, plan, time_said
+from deme_diffusion.pipeline.facts import known
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.needs import memory, model_cost
+from deme_diffusion.pipeline.needs import model_cost
 from deme_diffusion.pipeline.run import open_run
-from deme_diffusion.pipeline.unet_cost import FLOAT, unet_cost
+from deme_diffusion.pipeline.space import memory
+from deme_diffusion.pipeline.unet_cost import unet_cost
 from deme_diffusion.recipes import Loaded, load, packaged
 from deme_diffusion.recipes.checks import parse
 
@@ -46,7 +49,7 @@ def from_scratch() -> dict[str, Values]:
     return {name: {**unet, "out_channels": unet["in_channels"]} for name, unet in unets.items()}
 
 
-ARCHITECTURES: dict[str, Values] = {**needs.known()["unets"], "attending": ATTENDING, **from_scratch()}
+ARCHITECTURES: dict[str, Values] = {**known()["unets"], "attending": ATTENDING, **from_scratch()}
 ARCHITECTURES["digits"] = {**UNetSettings().model_dump(), "out_channels": 1}
 
 
@@ -115,8 +118,10 @@ def test_what_cannot_be_counted_is_not_guessed(change: Values) -> None:
 
 
 def test_bytes_of_known_models_are_those_of_their_architecture() -> None:
-    facts = needs.known()
+    facts = known()
     for name, fact in facts["models"].items():
+        if "unet" not in fact:
+            continue  # `test_costs`
         cost = unet_cost(facts["unets"][fact["unet"]])
         assert cost is not None
         assert fact["bytes"] == pytest.approx(FLOAT * cost.parameters, rel=0.01), name
@@ -128,7 +133,7 @@ def test_facts_of_inception_are_those_of_the_network() -> None:
         images = torch.empty(1, 3, 299, 299)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(images)
-    facts = needs.known()["inception"]
+    facts = known()["inception"]
     assert facts["features"] == FEATURES
     assert facts["flops"] == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert facts["bytes"] == pytest.approx(FLOAT * sum(p.numel() for p in network.parameters()), rel=0.02)
@@ -158,8 +163,11 @@ def test_no_teacher_saves_one_pass_of_four(pico_values: Values, tmp_path: Path) 
 
 def test_mixed_precision_quickens_training_only(pico_values: Values, tmp_path: Path) -> None:
     full, half = (planned(pico_values, tmp_path, decouple__mixed_precision=p) for p in ("no", "bf16"))
-    saved = full["flops"]["training"] * (1 / SINGLE - 1 / HALF) / 3600
+    saved = full["flops"]["training"] * (1 / RATES["float32"] - 1 / RATES["half precision"]) / 3600
     assert full["gpu_hours"] - half["gpu_hours"] == pytest.approx(saved)
+    tf32 = planned(pico_values, tmp_path, decouple__allow_tf32=True)
+    assert full["rates"]["training"] == {"precision": "float32", "flops": RATES["float32"]}
+    assert tf32["rates"] == {kind: {"precision": "TF32", "flops": RATES["TF32"]} for kind in ("training", "sampling")}
 
 
 def test_disk_is_what_stays_and_one_training_on_its_way(pico_values: Values, tmp_path: Path) -> None:
@@ -200,7 +208,7 @@ def test_memory_of_nash_holds_a_gradient_for_each_cluster(pico_values: Values, t
 
 def test_memory_of_comparing_gradients_is_that_of_a_small_batch(pico_values: Values, tmp_path: Path) -> None:
     recipe = parse({**pico_values, "decouple": {**pico_values["decouple"], "train_batch_size": 512}}, where="test")
-    assert needs.COMPARED == MOST_AT_ONCE
+    assert space.COMPARED == MOST_AT_ONCE
     graph = Graph(recipe)
     compared, cost = graph.compared(), model_cost(graph)
     assert cost is not None and memory(graph, [compared], cost)["training"] == 16 * PICO + 16 * cost.kept

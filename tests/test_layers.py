@@ -15,7 +15,10 @@ BELOW_DATA += [
     "digests",
     "weight_files",
     "weights",
+    "lora_files",
+    "lora",
     "schedule",
+    "density",
     "divisions",
     "similarity_file",
     "figure_file",
@@ -29,7 +32,10 @@ MAY_IMPORT = {
     "recipes": ["errors", "processes", "config"],
     "rng": ["errors", "files"],
     "division": ["errors", "files"],
+    "lora_files": ["errors"],
+    "lora": ["errors", "weights", "digests", "lora_files"],
     "schedule": ["errors"],
+    "density": ["errors"],
     "divisions": ["errors", "files", "config", "rng", "division"],
     "similarity_file": ["errors", "files", "division", "divisions"],
     "figure_file": ["errors", "files"],
@@ -68,7 +74,17 @@ MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
 TORCH_FREE += ["figure_file", "weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
-TORCH_FREE += ["clean_up", "digests", "merging.table", "merging.estimate", "merging.selection", "merging.request"]
+TORCH_FREE += [
+    "density",
+    "lora_files",
+    "merging.pairs",
+    "clean_up",
+    "digests",
+    "merging.table",
+    "merging.estimate",
+    "merging.selection",
+    "merging.request",
+]
 TORCH_FREE += [
     "ablate",
     "planner",
@@ -79,12 +95,18 @@ TORCH_FREE += [
     "__main__",
     "evaluation.samplers",
     "evaluation.export",
+    "evaluation.prompts",
+    "evaluation.protocols",
 ]
 TORCH_FREE += [
     f"pipeline.{name}"
     for name in (
         "graph",
+        "asking",
+        "measured",
         "models",
+        "caching",
+        "cache_size",
         "dividing",
         "figures",
         "node",
@@ -94,10 +116,12 @@ TORCH_FREE += [
         "evidence",
         "watching",
         "exporting",
+        "pairing",
         "table",
         "engine",
         "workers",
         "sampling",
+        "sampling_choice",
         "__init__",
     )
 ]

@@ -23,7 +23,7 @@ from deme_diffusion.analysis.paired import Changes, Paired
 from deme_diffusion.analysis.plane import Plane, _marks
 from deme_diffusion.config import AnalyzeSettings, LossSettings
 from deme_diffusion.errors import UserError
-from deme_diffusion.pipeline.needs import HELD
+from deme_diffusion.pipeline.space import HELD
 from deme_diffusion.report.drawing.contours import compared, is_gain, plus_minus, within_noise
 from quadratic import Known, at, module_at, noise_around, patterns
 

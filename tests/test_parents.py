@@ -92,15 +92,13 @@ def test_a_default_of_diffusers_is_as_good_as_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["unet.to_q.lora_A.weight", "to_q.lora.up.weight", "lora_unet_mid_to_q.lora_down.weight"]
 )
-def test_a_lora_is_to_be_fused_first(tmp_path: Path, key: str) -> None:
-    base = model(tmp_path / "base")
+def test_a_lora_is_no_base_and_as_expert_one_that_must_fit(tmp_path: Path, key: str) -> None:
+    expert = model(tmp_path / "expert")
     save_file({key: torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=r"lora\.safetensors: a LoRA .*fuse it first"):
-        Merger(base, [tmp_path / "lora.safetensors"])
-    (tmp_path / "adapter").mkdir()
-    save_file({key: torch.ones(2, 2)}, tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
-    with pytest.raises(UserError, match=r"in it lies pytorch_lora_weights\..*fuse it into its base"):
-        merged(tmp_path, tmp_path / "adapter")
+        Merger(tmp_path / "lora.safetensors", [expert])
+    with pytest.raises(UserError, match=r"lora\.safetensors: (nothing in it is for|a LoRA in a format)"):
+        Merger(expert, [tmp_path / "lora.safetensors"])
 
 
 @pytest.mark.parametrize("beside", ["w.absmax", "w.quant_state.bitsandbytes__nf4", "w.SCB"])

@@ -14,6 +14,7 @@ from deme_diffusion.recipes import load, packaged
 from test_cli import NO_NETWORK_NO_TORCH, outside
 
 PAPER = ["cifar10", "lsun-church", "lsun-bedroom"]
+TEXT = ["sd14-coco30k", "sd14-imagenet1k", "sd14-parti", "sdxl-lora", "flux-lora"]
 PUBLISHED = {  # METHOD: the public script's settings
     "learning_rate": 5e-5,
     "lr_scheduler": "constant",
@@ -69,10 +70,11 @@ def test_a_dry_run_needs_no_network_no_torch_and_no_data(
     assert not list(work.iterdir())
     said: dict[str, Any] = json.loads(done.stdout)
     assert said["steps"] > 0 and said["gpu_hours"] > 0 and said["seconds"] > 0
-    assert said["disk_bytes"] > 0 and min(said["memory_bytes"].values()) > 0
+    assert said["disk_bytes"] > 0 and min(said["memory_bytes"][kind] for kind in ("training", "sampling")) > 0
     assert all(entry["bytes"] for entry in said["downloads"]), "what a packaged recipe fetches is of known size"
-    wanted = ["model", "data", "extractor"] if name in PAPER else ["data"] if name == "cifar10-small" else []
-    assert [entry["kind"] for entry in said["downloads"]] == wanted
+    hub = ["model", "data", "extractor"]
+    wanted = {"cifar10-small": ["data"], **dict.fromkeys(PAPER, hub), **dict.fromkeys(TEXT, [*hub, "clip"])}
+    assert [entry["kind"] for entry in said["downloads"]] == wanted.get(name, [])
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -41,6 +41,9 @@ FD = "FD(digits-cnn) DDIM-50"
 DDIM = {"extractor": "digits-cnn", "sampler": "DDIM", "steps": 50, "n": 2000, "split": "report"}
 
 
+CLIP = "CLIP(small) DDIM-50"
+
+
 def figure(mean: float | None, spread: float | None = None, seeds: tuple[int, ...] = (0, 1, 2), **more: Any) -> Figure:
     made: dict[str, Any] = {"mean": mean, "spread": spread, "n": 2000, "seeds": list(seeds), "protocol": DDIM, **more}
     return made  # type: ignore[return-value]
@@ -263,6 +266,44 @@ def test_a_better_control_and_a_worse_merged_model_are_said_plainly() -> None:
     worse = verdict(fd_rows(base=(6.4, 0.05), soup=(6.1, 0.08), merged=(6.9, 0.1)))
     assert f"merged has higher {FD} than base" in worse.sentence and "soup (6.10 ± 0.08) is lower" in worse.sentence
     assert worse.helps is False
+
+
+def clip_rows(fd: tuple[float, float] | None = None, **models: float) -> list[Row]:
+    """CLIP scores of models, and the FDs of base and merged beside."""
+    made = [row(name.replace("_", "-"), **{CLIP: figure(mean, 0.05)}) for name, mean in models.items()]
+    for one, mean in zip((made[0], made[-1]), fd or (), strict=False):
+        one["metrics"][FD] = figure(mean, 0.05)
+    return made
+
+
+def test_without_fd_a_higher_clip_score_is_the_better_one() -> None:
+    better = verdict(clip_rows(base=29.9, soup=30.0, all_timesteps=29.7, merged=30.5))
+    assert better.helps is True
+    assert better.sentence.startswith(
+        f"merged has higher {CLIP} than base (30.50 ± 0.05 against 29.90 ± 0.05), and than "
+    )
+    assert "soup (30.00 ± 0.05)" in better.sentence, "the best control is the highest"
+    worse = verdict(clip_rows(base=29.9, soup=30.6, merged=30.3))
+    assert worse.helps is False
+    assert "but not than soup (30.60 ± 0.05), which is higher." in worse.sentence
+
+
+def test_a_gain_in_fd_is_none_where_images_fit_their_prompts_less() -> None:
+    kept = verdict(clip_rows(fd=(6.4, 5.9), base=29.9, merged=29.95))
+    assert [c.metric for c in kept.comparisons] == [FD]
+    assert f"have no difference in {CLIP}" in kept.sentence
+    fell = verdict(clip_rows(fd=(6.4, 5.9), base=29.9, merged=28.0))
+    assert fell.helps is False
+    assert fell.sentence.endswith("not shown to help here: images fit their prompts less than base's.")
+
+
+def test_standard_errors_are_told_and_have_a_column_of_their_own() -> None:
+    rows = [row("base", **{CLIP: figure(30.0, error=0.041)}), row("merged", **{CLIP: figure(30.1, error=0.052)})]
+    assert "standard error over images 0.041 to 0.052" in markdown(rows)
+    header, first, _ = to_csv(rows).splitlines()
+    assert header.endswith(",reason,standard_error")
+    assert first.endswith(",0.041")
+    assert "standard_error" not in to_csv([row("base", fd=figure(6.0))])
 
 
 def test_seeds_are_paired_where_each_has_a_value() -> None:

@@ -173,11 +173,11 @@ def test_lists_become_several_arms(part: str, text: str, values: list[Any] | Non
     [
         ("U-Net architecture", "REPLACE"),
         ("Text encoder", "REMOVE"),
-        ("Classifier-free guidance scale", "REPLACE"),
+        ("Classifier guidance", "REPLACE"),
         ("Training dataset", "REPLACE"),
         ("Noise schedule", "REPLACE"),
         ("VAE latent space", "REMOVE"),
-        ("LoRA adapters", "ADD"),
+        ("ControlNet adapters", "ADD"),
         ("Timestep embedding", "REMOVE"),
         ("Adversarial loss", "ADD"),
         ("Batch normalization", "REMOVE"),

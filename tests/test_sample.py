@@ -305,7 +305,11 @@ def test_samplers_and_what_they_accept_are_read_from_the_source_as_they_are() ->
         ({"name": "DDPMScheduler", "eta": 0.5}, "DDPMScheduler has no eta, given as 0.5; leave it 0"),
         ({"name": "UniPCMultistepScheduler", "eta": 1}, "UniPCMultistepScheduler has no eta"),
         ({"name": "DPMSolverSinglestepScheduler", "timestep_spacing": "trailing"}, "has no timestep_spacing, given"),
-        ({"name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is no sampler"),
+        (
+            {"name": "FlowMatchEulerDiscreteScheduler"},
+            "FlowMatchEulerDiscreteScheduler is for flow matching, and family ddpm has a schedule of betas; "
+            "take EulerDiscreteScheduler",
+        ),
         ({"name": "EDMEulerScheduler"}, "EDMEulerScheduler cannot be used: its noise levels"),
         ({"name": "DPMSolverSDEScheduler"}, "DPMSolverSDEScheduler cannot be used: it draws noise without generators"),
         ({"name": "UniPCMultistepScheduler", "num_inference_steps": T}, f"which takes at most {T - 1} of {T}"),
@@ -315,7 +319,7 @@ def test_samplers_and_what_they_accept_are_read_from_the_source_as_they_are() ->
 def test_settings_that_a_sampler_would_ignore_or_fail_on_are_refused(values: dict[str, Any], said: str) -> None:
     settings = SamplerSettings.model_validate({"num_inference_steps": 4, **values})
     with pytest.raises(UserError, match=re.escape(said)) as refused:
-        check_sampler(settings, T, key="evaluate.samplers.0")
+        check_sampler(settings, T, key="evaluate.samplers.0", family="ddpm")
     assert str(refused.value).startswith("evaluate.samplers.0: ")
 
 

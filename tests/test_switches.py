@@ -275,6 +275,17 @@ def test_code_that_really_is_compiled_is_compared(pico_denoiser: DDPM, factor: f
     assert ran == [1]
 
 
+def test_a_compiler_that_fails_is_told_in_one_line(pico_denoiser: DDPM) -> None:
+    def broken(captured: Any, examples: list[torch.Tensor]) -> Any:
+        raise OSError("main.so: file too short\nand much more")
+
+    forget_compiled()
+    module = Convolutions()
+    module.compile(backend=broken)
+    with pytest.raises(MachineError, match=r"does not compile the model \(.*too short\); use runtime.compile=false$"):
+        check_compiled(pico_denoiser, module, job().settings)
+
+
 @pytest.mark.slow
 def test_convolutions_are_compiled_rightly_and_accepted(pico_denoiser: DDPM) -> None:
     forget_compiled()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import T, make_pico_denoiser
-from deme_diffusion.decoupling.timesteps import Timesteps, draw_timesteps, mirrored
+from deme_diffusion.decoupling.timesteps import Timesteps, draw_timesteps
 from deme_diffusion.division import from_runs
 
 DENOISER = make_pico_denoiser()
@@ -85,10 +85,15 @@ def test_antithetic_pairs_are_mirrored_exactly(runs: str, batch: int | None) -> 
     assert ((in_subset & (image == both[:, 1])) | (both.sum(axis=1) == T - 1)).all()
 
 
+def mirrored(t: Timesteps, subset: Timesteps) -> Timesteps:
+    """The mirror image of each t in the subset's rank."""
+    return subset[len(subset) - 1 - np.searchsorted(subset, t)]
+
+
 def test_of_a_contiguous_range_the_mirror_image_is_lo_plus_hi_minus_1_minus_t() -> None:
-    t = np.arange(5, 12)
-    assert (mirrored(t, t) == 5 + 12 - 1 - t).all()
-    assert mirrored(np.array([1, 2, 8, 14, 18]), from_runs(RUNS["holes"])).tolist() == [18, 17, 16, 15, 1]
+    pairs = draw("inner", count=300, antithetic=True, global_prob=0.0).reshape(-1, 2)
+    subset = from_runs(RUNS["inner"])
+    assert (pairs.sum(axis=1) == subset[0] + subset[-1]).all()
 
 
 @settings(max_examples=60, deadline=None)

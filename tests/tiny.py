@@ -59,34 +59,90 @@ def autoencoder(channels: int = 1, latents: int = 4) -> Any:
     )
 
 
-def stable_diffusion(folder: Path, channels: int = 1) -> Path:
-    """A Stable Diffusion pipeline of 8x8 images, T = 20."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def unet(**options: Any) -> Any:
+    """A conditional U-Net of 4x4 latents."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **{"cross_attention_dim": WIDTH, **options},
+    )
+
+
+def stable_diffusion(folder: Path, channels: int = 1, **scheduler: Any) -> Path:
+    """A Stable Diffusion pipeline of 8x8 images, T = 20; `scheduler` such as prediction_type="v_prediction"."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        scheduler = DDIMScheduler(num_train_timesteps=T, beta_end=0.3, clip_sample=False)
+        component = unet()
+        schedule = DDIMScheduler(num_train_timesteps=T, beta_end=0.3, clip_sample=False, steps_offset=1, **scheduler)
         parts = {"vae": autoencoder(channels), "text_encoder": clip_text(tokenizer), "tokenizer": tokenizer}
         pipeline = StableDiffusionPipeline(
             **parts,
-            unet=unet,
-            scheduler=scheduler,
+            unet=component,
+            scheduler=schedule,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion_xl(folder: Path, channels: int = 1, **unet_options: Any) -> Path:
+    """A Stable Diffusion XL pipeline of 8x8 images, T = 20, with two text encoders."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizers = [clip_tokenizer(folder.parent / f"{folder.name}-tokenizer-{i}") for i in (1, 2)]
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        sizes = {"projection_class_embeddings_input_dim": 6 * 4 + 12, "cross_attention_dim": 2 * WIDTH}
+        component = unet(**{**added, **sizes, **unet_options})
+        pipeline = StableDiffusionXLPipeline(
+            vae=autoencoder(channels),
+            text_encoder=clip_text(tokenizers[0]),
+            text_encoder_2=clip_text(tokenizers[1], projection=12),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=component,
+            scheduler=EulerDiscreteScheduler(num_train_timesteps=T, beta_end=0.3),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def dit(folder: Path, channels: int = 1, classes: int = 1000, learned_variance: bool = True) -> Path:
+    """A DiT pipeline of 8x8 images, T = 20; its classes 1 and 2 are named "one" and "two, deux"."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=4,
+            out_channels=8 if learned_variance else 4,
+            num_layers=2,
+            sample_size=4,
+            patch_size=2,
+            num_embeds_ada_norm=classes,
+            norm_num_groups=4,
+        )
+        schedule = DDIMScheduler(num_train_timesteps=T, beta_end=0.3, clip_sample=False)
+        pipeline = DiTPipeline(transformer=transformer, vae=autoencoder(channels), scheduler=schedule)
+    pipeline.save_pretrained(folder)
+    index = folder / "model_index.json"  # where names stand on the hub; they are not saved
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"1": "one", "2": "two, deux"}}))
     return folder

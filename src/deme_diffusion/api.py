@@ -165,6 +165,8 @@ def merge_checkpoints(
     fisher: Sequence[Reference] = (),
     full_hash: bool = False,
     link: bool = False,
+    lora_rank: int | None = None,
+    fuse: bool = False,
     options: Mapping[str, float | int | str] | None = None,
     **more: float | int | str,
 ) -> MergedCheckpoint:
@@ -174,7 +176,9 @@ def merge_checkpoints(
     `weights_for` and `keep` are by glob pattern of parameter names, and the last match wins; `options` are the
     method's, as {"density": 0.2}, or say density=0.2. `fisher` is a file an expert, of method fisher. `full_hash` reads
     parents whose digest is not known. `link` shares the disk space of a pipeline's unchanged parts with the base, by
-    hard links: never edit them in place. What is None is as the method, or the base, has it.
+    hard links: never edit them in place. Experts may be LoRAs for the base, and become one: exactly where the method is
+    linear, or at `lora_rank` with its error in the record; `fuse` writes the whole model. What is None is as the
+    method, or the base, has it.
 
     Returns: where the merged model lies, and what happened, as merge.json tells it.
     Raises: UserError, also where `out` exists already; MachineError. Nothing is left under `out` then.
@@ -196,6 +200,8 @@ def merge_checkpoints(
         fisher=fisher,
         full_hash=full_hash,
         link=link,
+        lora_rank=lora_rank,
+        fuse=fuse,
     )
     from deme_diffusion.merging.perform import performed  # torch: only once the request makes sense
 
@@ -251,6 +257,8 @@ def sample(
     num_inference_steps: int | None = None,
     eta: float | None = None,
     timestep_spacing: Spacing | None = None,
+    guidance_scale: float | None = None,
+    prompts: str | None = None,
     images: Reference | None = None,
     format: Literal["png", "npy"] = "png",
     grid: bool = False,
@@ -260,19 +268,22 @@ def sample(
 
     An image depends on its seed alone, and is that of the stock pipeline with `torch.Generator().manual_seed(seed)`.
     What is None of the sampler is as in the recipe's `evaluate.samplers`. `images` is the folder they go to,
-    RUN/images/MODEL-SAMPLER by default; those that are there already are not made again.
+    RUN/images/MODEL-SAMPLER by default; those that are there already are not made again. `prompts`, of a model that
+    takes some: a text for all images, or a file (.txt, .jsonl, .tsv) whose prompt s is that of seed s, counted round;
+    None: the table's.
 
     Returns: the folder, and the files in the order of the seeds.
     Raises: UserError, also for a folder that holds anything else; MachineError, Interrupted.
     """
     from deme_diffusion.evaluation.export import check_seeds
     from deme_diffusion.pipeline import sampling
+    from deme_diffusion.pipeline.sampling_choice import SamplerChoice
 
     whole = _opened(recipe, overrides, out)
-    choice = sampling.SamplerChoice(sampler, num_inference_steps, eta, timestep_spacing)
+    choice = SamplerChoice(sampler, num_inference_steps, eta, timestep_spacing, guidance_scale)
     whole.settle(sampling.stages_of(sampling.model_named(whole.graph, model)))
     served = sampling.model_named(whole.graph, model)
-    one = sampling.of_run(whole, served, choice, None if images is None else Path(images), format)
+    one = sampling.of_run(whole, served, choice, None if images is None else Path(images), format, prompts)
     return one.make(check_seeds(seeds), grid=grid)
 
 

@@ -1,9 +1,9 @@
-"""The noise schedule of a scheduler's configuration, as diffusers' `DDPMScheduler` makes it, in float64. No torch."""
+"""The noise schedule of a scheduler's configuration, in float64: of betas, or a flow's sigmas. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,20 @@ MAX_BETA = 0.999
 UNBOUNDED = ("snr_plus_one", "truncated_snr")
 """Weightings of timesteps' losses (models/weighting.py) that have no finite value where the SNR is 0, or infinite."""
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+EDGE_SLACK = 0.05
+"""Share of the gap to the sigma below by which a timestep may miss its own."""
+FLOW_PREDICTION = "flow_prediction"
+"""Flow matching: what a model predicts is eps - x_0, as diffusers' solvers name it."""
 
 
 def signal_to_noise(config: Mapping[str, Any], *, where: str = "scheduler") -> Array:
-    """(T,) SNR of each t: abar / (1 - abar), of a scheduler_config.json or the like. Raises UserError, saying where."""
+    """(T,) SNR of each t: abar / (1 - abar), of a scheduler_config.json or the like. Raises UserError, saying where.
+
+    Of a flow it is (1 - sigma)^2 / sigma^2.
+    """
+    if is_flow(config):
+        sigmas = flow_sigmas(config, where=where)
+        return np.square((1 - sigmas) / sigmas)
     signal = alphas_cumprod(config, where=where)
     return signal / (1 - signal)
 
@@ -33,6 +43,66 @@ def alphas_cumprod(config: Mapping[str, Any], *, where: str = "scheduler") -> Ar
     root: Array = np.sqrt(signal)
     shifted: Array = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return shifted * shifted
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is of flow matching: by its class, or by flow sigmas of a general solver.
+
+    That of a scheduler made in code names no class; a flow's then has a shift and no betas.
+    """
+    if config.get("use_flow_sigmas", False):
+        return True
+    name = config.get("_class_name")
+    return "shift" in config and "beta_schedule" not in config if name is None else str(name).startswith("FlowMatch")
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What a model on that schedule predicts: `epsilon` where the configuration does not say."""
+    return FLOW_PREDICTION if is_flow(config) else str(config.get("prediction_type", "epsilon"))
+
+
+def flow_sigmas(config: Mapping[str, Any], *, where: str = "scheduler") -> Array:
+    """(T,) ascending sigmas of x_t = (1 - sigma) x_0 + sigma eps: s u / (1 + (s - 1) u) at u = (i + 1) / T, shift s.
+
+    As diffusers' flow-matching schedulers hold them for training, the other way round; those that shift by the size of
+    images do so only when they sample. Esser et al. 2024, Eq. 23. Raises UserError, saying where.
+    """
+    if config.get("invert_sigmas", False):
+        raise UserError(f"{where}: invert_sigmas=true, where noise and image change places, is not supported")
+    count, shift = int(config.get("num_train_timesteps", 1000)), flow_shift(config, where=where)
+    u = np.arange(1, count + 1) / count
+    return np.asarray(shift * u / (1 + (shift - 1) * u), dtype=np.float64)
+
+
+def flow_shift(config: Mapping[str, Any], *, where: str = "scheduler") -> float:
+    """The shift of a flow's sigmas; 1 where they are shifted by the image's size instead. Raises UserError."""
+    if config.get("use_dynamic_shifting", False):
+        return 1.0
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise UserError(f"{where}: the shift is {shift!r}; a number above 0 is needed")
+    return float(shift)
+
+
+def flow_edges(sigmas: Array) -> Array:
+    """(T,) ascending values of T sigma from which on a timestep has index i, the first one 0.
+
+    A little below T sigma_i, so that the rounding of a scheduler or a pipeline moves no step to its neighbour; and
+    numbers of float32, in which diffusers compares timesteps with a boundary.
+    """
+    gaps = np.diff(sigmas, prepend=0.0)
+    edges = ((sigmas - EDGE_SLACK * gaps) * len(sigmas)).astype(np.float32).astype(np.float64)
+    edges[0] = 0.0
+    return edges
+
+
+def in_sigma(sigmas: Array, runs: Sequence[Sequence[int]]) -> str:
+    """Runs [low, high) of timesteps by their sigmas, each from its first one's to the next one's: `[0, 0.43)`.
+
+    Over all timesteps that is [0, 1], once.
+    """
+    edges = [0.0, *sigmas[1:], 1.0]
+    return "+".join(f"[{edges[low]:.4g}, {edges[high]:.4g}{')' if high < len(sigmas) else ']'}" for low, high in runs)
 
 
 def check_weighting(weighting: str, snr: Array, prediction_type: str, *, key: str) -> None:

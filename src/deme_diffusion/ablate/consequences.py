@@ -6,6 +6,7 @@ from typing import Any
 
 from deme_diffusion.ablate.rows import Change
 from deme_diffusion.config import Recipe
+from deme_diffusion.config.recipe import NO_LORA
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.merging.search import check_search
 from deme_diffusion.merging.search.costs import DERIVED
@@ -22,7 +23,7 @@ def completed(recipe: Recipe, change: Change) -> dict[str, Any]:
     Only settings that the recipe has otherwise are added, so that an arm differs by the stated change and no more.
     """
     result = dict(change)
-    for rule in (_ranges, _training, _method, _search):
+    for rule in (_ranges, _training, _lora, _method, _search):
         for path, value in rule(recipe, result).items():
             if path not in result and _now(recipe, path) != value:
                 result[path] = value
@@ -65,6 +66,19 @@ def _training(recipe: Recipe, change: Change) -> Change:
     if change.get("decouple.use_ema") is False:
         added["decouple.teacher"] = "frozen"
     return added
+
+
+def _lora(recipe: Recipe, change: Change) -> Change:
+    """A LoRA leaves the base as it is, so that nothing else changes it; its own settings go with it."""
+    if "decouple.lora_rank" not in change:
+        return {}
+    if change["decouple.lora_rank"] is None:
+        own = {"decouple.lora_alpha": None, "decouple.lora_targets": None}
+        return {**own, "merge.lora_rank": None, "merge.fuse": False}
+    added: dict[str, Any] = {"decouple.projection": "none", "decouple.projection_axes": "channel"}
+    added |= {"decouple.init": "pretrained", "decouple.teacher": "frozen", "decouple.teacher_dtype": "float32"}
+    fused = recipe.model.family in NO_LORA
+    return {**added, **({"merge.fuse": True} if fused else {"merge.max_shard_size": None})}
 
 
 def _method(recipe: Recipe, change: Change) -> Change:
@@ -121,7 +135,8 @@ def check(recipe: Recipe) -> None:
         fixed = bool(recipe.merge.weights_for or recipe.merge.keep)
         check_search(recipe.decouple.num_ranges, recipe.merge, recipe.merge.method, fixed=fixed)
     for index, sampler in enumerate(recipe.evaluate.samplers):
-        check_sampler(sampler, max(1000, sampler.num_inference_steps + 1), key=f"evaluate.samplers.{index}")
+        key, most = f"evaluate.samplers.{index}", max(1000, sampler.num_inference_steps + 1)
+        check_sampler(sampler, most, key=key, family=recipe.model.family)
 
 
 def applied(recipe: Recipe, change: Change) -> Recipe:

@@ -15,8 +15,13 @@ from deme_diffusion.merging.table import METHODS
 
 
 def declared(recipe: Recipe) -> Iterator[tuple[Part, Action, Change]]:
-    """Each part, action and change that it may mean. A method of a fixed number of experts comes with that number."""
+    """Each part that the recipe does not lack what is needed for, its actions and the changes that they may mean.
+
+    A method of a fixed number of experts comes with that number.
+    """
     for part in PARTS.values():
+        if part.needs(recipe):
+            continue
         if "REMOVE" in part.actions:
             yield part, "REMOVE", completed(recipe, part.off)
         if "ADD" in part.actions:

@@ -11,9 +11,9 @@ FOREIGN = (
     ),
     Foreign(
         "adapters",
-        ("adapter", "adapter finetuning"),
-        "experts are finetuned in all parameters; this family has no adapters",
-        ("decoupling", "channel-wise projection"),
+        ("controlnet", "prompt tuning"),
+        "of adapters there is LoRA",
+        ("LoRA", "channel-wise projection"),
     ),
     Foreign(
         "data",
@@ -24,14 +24,20 @@ FOREIGN = (
     Foreign(
         "text conditioning",
         ("text encoder", "text encoder finetuning"),
-        "the models here take no text",
-        ("initialisation",),
+        "text encoders and captions are the pretrained model's and the data's; only the denoiser is finetuned",
+        ("text dropout", "guidance scale"),
     ),
     Foreign(
-        "guidance",
-        ("guidance",),
-        "the models here are unconditional, so nothing is guided",
-        ("sampler", "sampling steps"),
+        "other guidance",
+        ("classifier guidance", "negative prompt"),
+        "of guidance there is the scale of the classifier-free one",
+        ("guidance scale",),
+    ),
+    Foreign(
+        "caching",
+        ("caching", "caching in training"),
+        "latents and embeddings kept in a cache are those that would be made anew at each step: the model is the same",
+        (),
     ),
     Foreign(
         "seeds",
@@ -45,7 +51,12 @@ FOREIGN = (
         "all arms are measured on as many images, or FD could not be compared; set evaluate.num_images in the recipe",
         (),
     ),
-    Foreign("latent space", ("latent",), "the models here work on pixels, without an autoencoder", ()),
+    Foreign(
+        "latent space",
+        ("latent",),
+        "whether pixels or an autoencoder's latents are denoised is the pretrained model's, and the autoencoder stays",
+        (),
+    ),
     Foreign(
         "noise schedule",
         ("noise schedule", "number of timesteps", "linear noise schedule", "cosine noise schedule"),

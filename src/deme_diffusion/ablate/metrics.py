@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from deme_diffusion.ablate.arms import Metric
 from deme_diffusion.ablate.text import normalised
+from deme_diffusion.config import Recipe
 
 DEFAULT = Metric("", ("FD",), "no metric is named, so FD")
 _FD = (
@@ -45,10 +46,15 @@ _TRAINING = re.compile(
     r"(?:time|cost|hour|budget|speed|step|efficien|overhead|iteration)"
     r"|convergence|gpu hours"
 )
+_CLIP = re.compile(
+    r"(?<!fid[ -])(?<!fd[ -])\bclip(?!\w*[ -]?fi?d)"
+    r"|text[ -]?(?:image|to[ -]image) (?:align|similar|consist)|prompt (?:align|adher|fidel|follow)"
+)
+"""CLIP-FID is FD in CLIP's space."""
 _ABSENT: tuple[tuple[str, str], ...] = (
     (r"fid|\bfd\b|fvd|frechet", "FD here is of the recipe's own features, and this is of others"),
     (r"flops|\bmacs\b", "operations are not counted; latency is nearest"),
-    (r"clip|text[ -]?image align|prompt|vqa|tifa|geneval", "the models here take no text"),
+    (r"vqa|tifa|geneval|dpg|t2i-?compbench", "no such judge is at hand; the CLIP score is nearest"),
     (
         r"human|user study|preference|pickscore|imagereward|\bhps|aesthetic|visual|qualitative|mos\b",
         "no judge of images is at hand; the page shows samples of the same seeds side by side",
@@ -63,12 +69,12 @@ _ABSENT: tuple[tuple[str, str], ...] = (
 )
 
 
-def metrics_of(asked: Iterable[str]) -> tuple[Metric, ...]:
+def metrics_of(asked: Iterable[str], recipe: Recipe | None = None) -> tuple[Metric, ...]:
     """A metric for each that is asked; FD where none is."""
-    return tuple(metric_of(text) for text in asked) or (DEFAULT,)
+    return tuple(metric_of(text, recipe) for text in asked) or (DEFAULT,)
 
 
-def metric_of(asked: str) -> Metric:
+def metric_of(asked: str, recipe: Recipe | None = None) -> Metric:
     """The table's metrics that a name stands for, or the reason why there is none."""
     text = normalised(asked)
     if _TRAINING.search(text) and not re.search(r"loss|inference|sampling", text):
@@ -76,9 +82,21 @@ def metric_of(asked: str) -> Metric:
     columns = tuple(dict.fromkeys(name for pattern, names in _COLUMNS if re.search(pattern, text) for name in names))
     if re.search(r"(?<![A-Za-z])IS(?![A-Za-z])", asked):
         columns = (*columns, "IS")
+    clip = _CLIP.search(asked.casefold())
+    if clip and recipe is not None and recipe.evaluate.clip_score:
+        columns = (*columns, "CLIP")
     for pattern, reason in _ABSENT:
         if re.search(pattern, text) and not columns:
             return Metric(asked, (), f"not applicable: {reason}")
     if columns:
         return Metric(asked, columns)
+    if clip:
+        return Metric(asked, (), f"not applicable: {_no_clip_score(recipe)}")
     return Metric(asked, (), "not applicable: this is not among the metrics of the table")
+
+
+def _no_clip_score(recipe: Recipe | None) -> str:
+    if recipe is None or recipe.model.takes == "nothing":
+        return "the model takes no text"
+    needs = ", with evaluate.prompts.protocol=imagenet1k" if recipe.model.takes == "class" else ""
+    return f"the recipe does not measure it; set evaluate.clip_score=true{needs} (and clip.pretrained: whose CLIP)"

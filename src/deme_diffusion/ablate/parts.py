@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from deme_diffusion.ablate import table_division, table_merging, table_optimising, table_sampling, table_training
+from deme_diffusion.ablate import (
+    table_conditional,
+    table_division,
+    table_merging,
+    table_optimising,
+    table_sampling,
+    table_training,
+)
 from deme_diffusion.ablate.rows import Part
 from deme_diffusion.ablate.table_settings import SETTINGS
 
 PARTS: Mapping[str, Part] = {
     part.name: part
-    for module in (table_division, table_training, table_optimising, table_merging, table_sampling)
+    for module in (table_division, table_training, table_optimising, table_merging, table_sampling, table_conditional)
     for part in module.PARTS
 }
 

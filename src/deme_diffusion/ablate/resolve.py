@@ -48,7 +48,7 @@ _OTHER = re.compile(r"\b(?:another|(?:an?|some) (?:different|other|alternative))
 
 def resolve(ablation: Ablation, recipe: Recipe) -> Resolved:
     """What an ablation means for a recipe. Never raises for what a plan may say: every text is in some arm."""
-    metrics = metrics_of(ablation.metrics)
+    metrics = metrics_of(ablation.metrics, recipe)
     if ablation.change or ablation.changes:
         return Resolved(ablation, _part_of(ablation), metrics, tuple(_exact(ablation, recipe)), 1.0)
     asked, ablation = ablation, replace(ablation, ablated_part=_without_kept(ablation.ablated_part))

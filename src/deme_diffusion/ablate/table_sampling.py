@@ -27,7 +27,7 @@ _SAMPLERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def _samplers(recipe: Recipe, **first: Any) -> Change:
+def first_sampler(recipe: Recipe, **first: Any) -> Change:
     """The recipe's samplers with the first one changed: the others stay at their places."""
     values = [sampler.model_dump(mode="json") for sampler in recipe.evaluate.samplers]
     values[0] |= first
@@ -46,13 +46,13 @@ def _named(name: str) -> Any:
         if etas:
             settings["eta"] = etas[0]
         if not counts:
-            return [("", _samplers(recipe, **settings))]
+            return [("", first_sampler(recipe, **settings))]
         label = name.removesuffix("Scheduler")
         several = len(counts) > 1
         return [
             (
                 f"{label}-{n.value:g}" if several else "",
-                _samplers(recipe, **settings, num_inference_steps=whole(n, "steps")),
+                first_sampler(recipe, **settings, num_inference_steps=whole(n, "steps")),
             )
             for n in counts
         ]
@@ -62,7 +62,7 @@ def _named(name: str) -> Any:
 
 def _steps(recipe: Recipe, number: Number) -> Change:
     steps = number.of(recipe.evaluate.samplers[0].num_inference_steps)
-    return _samplers(recipe, num_inference_steps=whole(Number(float(round(steps))), "steps"))
+    return first_sampler(recipe, num_inference_steps=whole(Number(float(round(steps))), "steps"))
 
 
 SAMPLER = Part(

@@ -11,8 +11,8 @@ FOREIGN: dict[str, str] = {
     "block, up block, down block, bottleneck, mid, skip layer, width of network, deeper network, wider network, "
     "transformer block, attention head, mamba, vit, u vit, swin, conv kernel, kernel size, hidden size, hidden "
     "dimension, convolution layer of unet, number of channel, number of layer, number of block, base channel",
-    "adapter": "lora, adapter, low rank adaptation, low rank, parameter efficient, peft, prompt tuning, bitfit, low "
-    "rank adapter, parameter efficient finetuning, controlnet",
+    "adapter": "prompt tuning, bitfit, controlnet, ip adapter, textual inversion, dora, lokr, hypernetwork adapter, "
+    "t2i adapter, prefix tuning",
     "data": "dataset, training data, data augmentation, augmentation, corpus, resolution, image resolution, cifar, "
     "lsun, imagenet, coco, laion, celeba, ffhq, training set, data set, image size, data, domain, celebahq, mscoco, "
     "training image, real image, synthetic image, synthetic data, subset of data, validation image, number of "
@@ -20,8 +20,12 @@ FOREIGN: dict[str, str] = {
     "textencoder": "text encoder, clip, caption, prompt, text conditioning, text prompt, t5, language model, text, "
     "clip encoder, clip text encoder, prompt engineering, class conditioning, class label, conditioning, clip model, "
     "openclip, language encoder, conditional generation, class conditional, text to image, caption model",
-    "guidance": "guidance, classifier free guidance, classifier free guidance scale, guidance scale, cfg, classifier "
-    "guidance, cfg scale, negative prompt, guidance strength",
+    "otherguidance": "classifier guidance, negative prompt, autoguidance, perturbed attention guidance, guidance "
+    "interval, guidance schedule, dynamic guidance",
+    "cache": "caching, cached latent, cache of latent, latent caching, latent cache, precomputed latent, precomputed "
+    "embedding, cached embedding, caching of latent, precomputing latent, cached text embedding, cache of text "
+    "embedding, caching of text embedding, precomputation of latent, caching of embedding, embedding cache, "
+    "precomputed text embedding, precomputing embedding, precomputed text feature",
     "evalimages": "number of evaluation image, number of image for fid, number of generated image, number of sample "
     "for fid, number of image for calculation of fid, number of image for evaluation, number of evaluated image, "
     "number of fid image, number of fid sample, number of evaluation sample, evaluation sample size",

@@ -126,6 +126,24 @@ TRAINING: dict[str, str] = {
     "optimization, multi objective, multiobjective, task balancing, multi task balancing",
     "othermtl": "pcgrad, cagrad, mgda, gradnorm, gradient surgery, dynamic weight averaging, dwa, imtl, graddrop, "
     "gradient projection, conflict averse, rlw, famo, gradient normalization, projecting conflicting gradient",
+    "lora": "lora, low rank adaptation, low rank adapter, low rank, lora adapter, lora module, lora layer, parameter "
+    "efficient, peft, parameter efficient finetuning, adapter, adapter finetuning, adapter module, low rank "
+    "finetuning, low rank update, low rank expert, lora expert, lora finetuning, lora weight, lora matrix, low rank "
+    "matrix",
+    "lorarank": "lora rank, rank of lora, adapter rank, rank of adapter, rank of low rank, lora dimension",
+    "fullft": "full parameter finetuning, full parameter, all parameter finetuning, full model finetuning, full "
+    "weight, full weight finetuning, finetuning all parameter, finetuning of all parameter, finetuning all weight, full "
+    "rank, full rank finetuning",
+    "textdropout": "text dropout, caption dropout, prompt dropout, condition dropout, conditioning dropout, dropping "
+    "caption, dropping prompt, empty prompt, null prompt, unconditional dropout, cfg dropout, prompt drop, caption "
+    "drop, label dropout, class dropout, dropped caption, empty caption, null text, null condition, caption dropping, "
+    "prompt dropping, text drop, condition drop, dropping of caption, dropping of prompt, dropping text, dropped "
+    "prompt, label drop, dropout of caption, dropout of text, dropout of prompt, dropout of condition, text condition "
+    "dropout, classifier free guidance training, classifier free guidance dropout, training of classifier free "
+    "guidance",
+    "guidance": "guidance, classifier free guidance, classifier free guidance scale, guidance scale, cfg, cfg scale, "
+    "guidance strength, guidance weight, cfg weight, guided sampling",
+    "unguided": "unguided, without guidance, no guidance, without cfg, no cfg, guidance off",
     "lr": "learning rate, lr, step size, range learning rate, learn rate, learning speed, stepsize, step width, size "
     "of optimizer step, initial learning rate, peak learning rate, base learning rate",
     "schedule": "learning rate schedule, lr schedule, learning rate scheduler, lr scheduler, learning rate decay, lr "

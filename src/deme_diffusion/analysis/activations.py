@@ -32,6 +32,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.models.placement import BLOCK
+from deme_diffusion.models.precision import computes_in, wide
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float64]
@@ -40,7 +41,9 @@ KINDS = ("change", "base", "relative")
 LEAST = 0.01
 """Of the place's mean |F|: |F| below it counts as this much where the change is divided by it."""
 ROUNDING = 1e-5
-"""A mean |Delta| below this share of the mean |F| is rounding: it has no variation to tell of."""
+"""A mean |Delta| below this share of the mean |F| is rounding, in float32: it has no variation to tell of."""
+TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+"""Blocks that give (states of the text, states of the image)."""
 _OTHER_BLOCK = re.compile(r"(\w*blocks|layers)\.\d+")
 
 
@@ -83,7 +86,8 @@ def write_activations(
     where, models = places(base), [*names, *(["merged"] if merged else [])]
     found = _measured(noise, base, experts, merged() if merged else None, served, names, where)
     sizes = np.array([[_by(one.change.mean(), one.base.mean()) for one in means] for means in found])
-    varied = np.array([[variations(one) for one in means] for means in found])
+    rounding = max(ROUNDING, torch.finfo(computes_in(base)).eps)
+    varied = np.array([[variations(one, rounding) for one in means] for means in found])
     medians = [_medians(size, kinds) for size, kinds in zip(sizes, varied, strict=True)]
     told = {"models": models, "places": where, "kinds": KINDS, "axes": ("channels", "positions"), "medians": medians}
     write_figure(
@@ -115,9 +119,10 @@ def _measured(
         of_expert, *rest = measure(noise, runs, base, [load(), *beside], where)
         found.append(of_expert)
         if merged is not None and own:  # an expert may serve no timestep
-            parts.append([one * len(from_runs(own)) for one in (rest or measure(noise, own, base, [merged], where))[0]])
+            mass = noise.denoiser.mass(from_runs(own))
+            parts.append([one * mass for one in (rest or measure(noise, own, base, [merged], where))[0]])
     if parts:
-        total = sum(len(from_runs(own)) for own in served)
+        total = sum(noise.denoiser.mass(from_runs(own)) for own in served)
         found.append([sum(place[1:], place[0]) * (1 / total) for place in zip(*parts, strict=True)])
     return found
 
@@ -169,7 +174,7 @@ def watched(module: nn.Module, where: Sequence[str], see: Callable[[int, torch.T
     """While it lasts, `see(k, output)` is told what place k gives: (b, channels, *positions)."""
 
     def hook(k: int) -> Callable[..., None]:
-        return lambda part, inputs, output: see(k, hidden_states(output))
+        return lambda part, inputs, output: see(k, hidden_states(part, output))
 
     handles = [module.get_submodule(name).register_forward_hook(hook(k)) for k, name in enumerate(where)]
     try:
@@ -179,11 +184,13 @@ def watched(module: nn.Module, where: Sequence[str], see: Callable[[int, torch.T
             handle.remove()
 
 
-def hidden_states(output: Any) -> torch.Tensor:
-    """What a block hands on, channels second: of a tuple the first, of tokens (b, n, c) the transpose."""
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    wide = first if first.dtype == torch.float64 else first.float()
-    return wide.transpose(1, 2) if wide.ndim == 3 else wide
+def hidden_states(block: nn.Module, output: Any) -> torch.Tensor:
+    """What a block hands on of the image, channels second: of a tuple the first, or what comes after the text's
+    states; of tokens (b, n, c) the transpose."""
+    own: torch.Tensor = output
+    if isinstance(output, tuple):
+        own = output[1 if type(block).__name__ in TEXT_FIRST else 0]
+    return wide(own).transpose(1, 2) if own.ndim == 3 else wide(own)
 
 
 # -- sums -----------------------------------------------------------------------------------------
@@ -201,11 +208,11 @@ def measure(
         seen, counts = seen + len(half), counts + np.bincount(half.numpy(), minlength=2)
         before: dict[int, torch.Tensor] = {}
         with watched(base, where, before.__setitem__):
-            noise.denoiser.predict(base, noised.x_t, noised.t, noised.condition)
+            noise.denoiser.answer(base, noised)
         sizes = {k: _halves(output, half) for k, output in before.items()}
         for model, own in zip(models, sums, strict=True):
             with watched(model, where, _adding(own, before, sizes, half, where)):
-                noise.denoiser.predict(model, noised.x_t, noised.t, noised.condition)
+                noise.denoiser.answer(model, noised)
     return [[one * (1 / counts[:, None, None]) for one in own if one is not None] for own in sums]
 
 
@@ -237,13 +244,13 @@ def _halves(values: torch.Tensor, half: torch.Tensor) -> Array:
 # -- variation ------------------------------------------------------------------------------------
 
 
-def variations(means: Means) -> Array:
+def variations(means: Means, rounding: float = ROUNDING) -> Array:
     """(3 `KINDS`, 2): coefficients of variation along channels and along positions, with the sign of the variance that
     was estimated; NaN for what is rounding."""
     own = np.maximum(means.base, LEAST * means.base.mean())  # of each half, so that the halves stay independent
     relative = np.divide(means.change, own, out=np.zeros_like(means.change), where=own > 0)
     found = np.array([variation(halves, means.shape) for halves in (means.change, means.base, relative)])
-    if means.change.mean() <= ROUNDING * means.base.mean():
+    if means.change.mean() <= rounding * means.base.mean():
         found[[0, 2]] = np.nan
     return found
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from deme_diffusion.analysis.directions import Shell, Vector, leading_directions, random_direction
 from deme_diffusion.analysis.grid import Grid, held, identity, least, plain
-from deme_diffusion.analysis.models import Load, protocol
+from deme_diffusion.analysis.models import Load, each_in_float32, protocol
 from deme_diffusion.analysis.paired import Changes, Paired
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.config.analysis import RADII
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.models.precision import in_float32
 
 Array = npt.NDArray[np.float64]
 
@@ -39,6 +40,7 @@ def write_landscape(
     With directions of task vectors also where these lie along them, `coordinates` (N, 2). Goes on from what is in the
     folder `partial`. Returns: the numbers of all timesteps, as `told` gives them.
     """
+    base, experts = in_float32(base), each_in_float32(experts)
     directions, facts, arrays = _directions(base, experts, settings, names)
     radius = settings.landscape_radius or RADII[settings.directions]
     axes = [axis(radius, settings.landscape_points) if k < len(directions) else np.zeros(1) for k in range(2)]

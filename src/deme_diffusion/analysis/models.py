@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,9 +11,15 @@ from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.division import names_of
 from deme_diffusion.errors import UserError
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.models.precision import in_float32
 
 Load = Callable[[], nn.Module]
 """Gives a model as it is served: folded, in eval mode, on its device."""
+
+
+def each_in_float32(loads: Sequence[Load]) -> list[Load]:
+    """The same models in float32: in half precision a small step in weights is lost to rounding."""
+    return [lambda load=load: in_float32(load()) for load in loads]  # type: ignore[misc]
 
 
 def protocol(noise: FixedNoise, settings: AnalyzeSettings) -> dict[str, Any]:

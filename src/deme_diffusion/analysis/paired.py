@@ -92,7 +92,7 @@ def by_image(noise: FixedNoise, module: nn.Module) -> tuple[list[float], Array]:
     points = noise.points(module)
     losses = [float(one.mean()) for one in points]
     images = np.stack([one.reshape(-1, noise.num_images).mean(0).cpu().numpy() for one in points])
-    sizes = [len(from_runs(runs)) for runs in noise.ranges]
+    sizes = [noise.denoiser.mass(from_runs(runs)) for runs in noise.ranges]
     return [noise.overall(losses), *losses], np.vstack([np.average(images, axis=0, weights=sizes), images])
 
 

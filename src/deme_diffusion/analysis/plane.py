@@ -15,11 +15,12 @@ from torch import nn
 
 from deme_diffusion.analysis.directions import NOTHING, Shell, Vector, combined, inner, left_over, task_vector
 from deme_diffusion.analysis.grid import Grid, held, identity, least, plain
-from deme_diffusion.analysis.models import Load, protocol
+from deme_diffusion.analysis.models import Load, each_in_float32, protocol
 from deme_diffusion.analysis.paired import Paired, told
 from deme_diffusion.config import AnalyzeSettings
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.objective import FixedNoise
+from deme_diffusion.models.precision import in_float32
 
 Array = npt.NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def write_plane(
     task vector, their own losses, and their change from the base's with its standard error. Goes on from what is in the
     folder `partial`. Returns: the losses over all timesteps of base and merged model, and the grid's optimum.
     """
+    base, experts = in_float32(base), each_in_float32(experts)
+    merged = None if merged is None else each_in_float32([merged])[0]
     on, plane = protocol(noise, settings), Plane.of(base, experts, pair, names)
     paired = Paired.of(held(noise), base)
     marks = [_mark("base", "base", None, (0.0, 0.0, 0.0), paired, base)]

@@ -212,8 +212,7 @@ class Gradients:
         """Add to `total` the gradient summed over samples: a tensor for each trainable parameter."""
         parameters = self.parameters
         for noised in batches:
-            prediction = self.denoiser.predict(self.module, noised.x_t, noised.t, noised.condition)
-            loss = denoising_loss(prediction, noised.target).sum()
+            loss = denoising_loss(self.denoiser.answer(self.module, noised), noised.target).sum()
             for held, found in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if found is not None:
                     held += found

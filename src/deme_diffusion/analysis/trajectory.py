@@ -13,13 +13,16 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from deme_diffusion.analysis.decoding import as_image
 from deme_diffusion.analysis.models import Load
 from deme_diffusion.config import AnalyzeSettings, SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.division import Division
-from deme_diffusion.evaluation.sample import image_seeds, make_scheduler, sample_batch, unseen
+from deme_diffusion.evaluation.conditional import unseen
+from deme_diffusion.evaluation.sample import Prompts, image_seeds, make_scheduler, of_batch, sample_batch
 from deme_diffusion.figure_file import write_figure
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.schedule import FLOW_PREDICTION
 
 Pixels = npt.NDArray[np.uint8]
 STEPS = 12
@@ -38,35 +41,37 @@ def write_trajectory(
     *,
     names: Sequence[str],
     batch_size: int,
+    prompts: Prompts = None,
 ) -> dict[str, Any]:
-    """Sample every model at the same seeds, those of `evaluation.sample`, and follow the first image.
+    """Sample every model at the same seeds, those of `evaluation.sample`, and prompts; follow the first image.
 
     Arrays: `grid_<model>` (n, h, w, c) uint8; `x_t_<model>` and `x_0_<model>` (s, h, w, c), what the model gets at step
     s and the clean image that it then predicts; `timesteps` (s,), `steps` (s,) counted from 0, `experts` (s,), the
     one that serves the timestep. Returns: plain numbers.
     """
-    timesteps = make_scheduler(denoiser, sampler).timesteps
-    chosen = chosen_steps(len(timesteps))
-    serving = division.route[denoiser.index(timesteps).cpu().numpy()]
+    num_steps = len(make_scheduler(denoiser, sampler).timesteps)
+    chosen = chosen_steps(num_steps)
     seeds = image_seeds(settings.seed, 0, settings.trajectory_images)
-    arrays = _sampled_by_all(denoiser, models, sampler, seeds, batch_size, chosen)
+    arrays, timesteps = _sampled_by_all(denoiser, models, sampler, seeds, prompts, batch_size, chosen)
+    serving = division.route[denoiser.index_of_step(timesteps).cpu().numpy()]
     grids = {name: arrays[f"grid_{name}"] for name in models}
     before = next(iter(grids.values()))
     size, changed = before.shape[1:3], {name: _difference(before, grid) for name, grid in grids.items()}
     factor = reduction(size)
     drawn = {"models": list(models), "names": list(names), "size": list(size), "reduced_by": factor, "changed": changed}
-    steps = {"num_timesteps": division.num_timesteps, "num_steps": len(timesteps)}
+    steps = {"num_timesteps": division.num_timesteps, "num_steps": num_steps}
     meta = {**drawn, **steps, "sampler": sampler.label, "seed": settings.seed}
+    meta |= {} if prompts is None else {"prompts": list(prompts)}
     write_figure(
         path,
         "trajectory",
         meta,
         **{name: reduced(array, factor) for name, array in arrays.items()},
-        timesteps=timesteps[chosen].double().cpu().numpy(),
+        timesteps=timesteps.double().cpu().numpy(),
         steps=np.array(chosen),
-        experts=serving[chosen],
+        experts=serving,
     )
-    return {"images": len(seeds), "steps": len(timesteps), "shown": len(chosen), "changed": changed}
+    return {"images": len(seeds), "steps": num_steps, "shown": len(chosen), "changed": changed}
 
 
 def chosen_steps(count: int, most: int = STEPS) -> list[int]:
@@ -78,9 +83,12 @@ def predicted_clean(denoiser: Denoiser, x_t: torch.Tensor, prediction: torch.Ten
     """x_0 by the prediction at t: from x_t = sqrt(a) x_0 + sqrt(1 - a) eps, v = sqrt(a) eps - sqrt(1 - a) x_0.
 
     a is the cumulated alpha of the schedule; at a fraction of a timestep sigma = sqrt((1 - a) / a) is interpolated.
+    Of flow matching, where sigma = t / T: from x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
     """
     if denoiser.prediction_type == "sample":
         return prediction
+    if denoiser.prediction_type == FLOW_PREDICTION:
+        return torch.sub(x_t, prediction * (float(t) / denoiser.num_train_timesteps))
     alphas = denoiser.scheduler.alphas_cumprod.double().cpu().numpy()
     with np.errstate(divide="ignore"):  # a schedule may end without signal
         sigmas = np.sqrt((1 - alphas) / alphas)
@@ -114,16 +122,18 @@ class _Followed:
     def __init__(self, denoiser: Denoiser, chosen: set[int]) -> None:
         self.denoiser, self.chosen, self.step = denoiser, chosen, 0
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.timesteps: list[torch.Tensor] = []
 
     def __call__(self, t: torch.Tensor, x_t: torch.Tensor, prediction: torch.Tensor) -> None:
         if self.step in self.chosen:
             clean = predicted_clean(self.denoiser, x_t[:1], prediction[:1], t)
             self.kept.append((x_t[:1].clone(), clean))
+            self.timesteps.append(t.cpu())
         self.step += 1
 
     def pixels(self, which: int) -> Pixels:
         """(s, h, w, c): x_t (0) or x_0 (1)."""
-        return to_pixels(torch.cat([pair[which] for pair in self.kept]))
+        return to_pixels(torch.cat([as_image(self.denoiser, pair[which]) for pair in self.kept]))
 
 
 def _sampled_by_all(
@@ -131,17 +141,18 @@ def _sampled_by_all(
     models: Mapping[str, Load],
     sampler: SamplerSettings,
     seeds: Sequence[int],
+    prompts: Prompts,
     batch_size: int,
     chosen: Sequence[int],
-) -> dict[str, Pixels]:
-    """Grids and ways of all models, loaded one after another."""
+) -> tuple[dict[str, Pixels], torch.Tensor]:
+    """Grids and ways of all models, loaded one after another; and the timesteps that were chosen."""
     arrays = dict[str, Pixels]()
     with tqdm(total=len(models) * len(seeds), unit="image", desc="samples", disable=None) as progress:
         for name, load in models.items():
             followed = _Followed(denoiser, set(chosen))
-            arrays[f"grid_{name}"] = _sampled(denoiser, load(), sampler, seeds, batch_size, followed, progress)
+            arrays[f"grid_{name}"] = _sampled(denoiser, load(), sampler, seeds, prompts, batch_size, followed, progress)
             arrays |= {f"x_t_{name}": followed.pixels(0), f"x_0_{name}": followed.pixels(1)}
-    return arrays
+    return arrays, torch.stack(followed.timesteps)
 
 
 def _sampled(
@@ -149,6 +160,7 @@ def _sampled(
     module: nn.Module,
     sampler: SamplerSettings,
     seeds: Sequence[int],
+    prompts: Prompts,
     batch_size: int,
     followed: _Followed,
     progress: Any,
@@ -158,7 +170,8 @@ def _sampled(
     for first in range(0, len(seeds), batch_size):
         part = seeds[first : first + batch_size]
         seen = unseen if first else followed
-        batches.append(sample_batch(denoiser, module, sampler, part, seen=seen))
+        asked = of_batch(prompts, first, len(part))
+        batches.append(sample_batch(denoiser, module, sampler, part, prompts=asked, seen=seen))
         progress.update(len(part))
     return np.concatenate(batches)
 

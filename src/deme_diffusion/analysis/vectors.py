@@ -36,13 +36,16 @@ LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MOST, SAMPLE = 2**22, 2**20
 """A layer of more entries is known by a seeded sample of so many, drawn with replacement."""
 _FIRST: tuple[str, ...] = (
-    *("conv_in", "pos_embed", "patch_embed", "x_embedder", "time_proj", "time_embedding", "time_text_embed"),
-    *("class_embedding", "add_embedding", "encoder_hid_proj", "context_embedder", "group_norm", "norm", "norm1"),
-    *("proj_in", "conv1", "attn1", "time_emb_proj", "norm2", "conv2", "attn2", "norm3", "to_q", "to_k", "to_v"),
+    *("conv_in", "pos_embed", "patch_embed", "patch_embedding", "x_embedder", "time_proj", "time_embedding"),
+    *("time_text_embed", "condition_embedder", "class_embedding", "add_embedding", "encoder_hid_proj"),
+    *("context_embedder", "group_norm", "norm", "norm1", "norm1_context", "proj_in", "conv1", "attn1"),
+    *("time_emb_proj", "norm2", "conv2", "attn2", "norm3", "to_q", "to_k", "to_v", "norm_q", "norm_k"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"),
 )
 _LAST: tuple[str, ...] = (
-    *("downsamplers", "upsamplers", "down_blocks", "mid_block", "up_blocks", "to_out", "conv_shortcut"),
-    *("conv_norm_out", "norm_out", "conv_out", "proj_out", PROJECTION),
+    *("downsamplers", "upsamplers", "down_blocks", "mid_block", "up_blocks", "single_transformer_blocks", "to_out"),
+    *("to_add_out", "conv_shortcut", "scale_shift_table", "conv_norm_out", "norm_out", "conv_out", "proj_out"),
+    *("proj_out_1", "proj_out_2", PROJECTION),
 )
 _INTERLEAVED = ("resnets", "attentions", "motion_modules")
 """Lists of a U-Net's block whose members take turns in the forward."""

@@ -16,6 +16,7 @@ from deme_diffusion.cli.options import AsJson, Jobs
 from deme_diffusion.cli.stages import merges, no_merge, one_stage
 from deme_diffusion.config import MethodOptions
 from deme_diffusion.errors import Stopped, UserError
+from deme_diffusion.merging.pairs import experts_of
 from deme_diffusion.merging.request import DTYPES, parse_options, requested
 from deme_diffusion.merging.selection import parse_keep, parse_rules, parse_weights
 from deme_diffusion.merging.table import METHODS
@@ -38,19 +39,29 @@ Without one: pipelines or component folders of diffusers, or safetensors files.
   deme merge --base sd --expert a --expert b --weights 0.3,0.5 --out merged
   deme merge --base sd --expert a --expert b --method ties density=0.3 --out merged
 
+LoRAs for one base are merged into one LoRA, exactly where the method is linear:
+
+\b
+  deme merge --base sd --expert lora-a --expert lora-b --out merged-lora
+
 Methods (--methods tells their options and sources), tau_i = theta_i - theta:
 
 \b
 {_METHODS}
 """
-_ARGUMENT = re.compile(r"(weights|weights_for|keep|dtype|max_shard_size)(?=[: ])")
+_ARGUMENT = re.compile(r"(weights|weights_for|keep|dtype|max_shard_size|lora_rank|fuse|link)(?=[: ])")
 _PATHS = "A diffusers pipeline or component folder, or a .safetensors file"
+_EXPERTS = "The same, finetuned from it; or a LoRA for it, a folder or file. Repeatable."
 _FOR = "Other weights for the parameters that match a glob, as 'down_blocks.*=0.2,0.1'. Repeatable; the last wins."
 _KEEP = "Parameters taken unmerged from one model, as 'conv_out.*=base', or =0 for the first expert. Repeatable."
+_PAIR = "Instead of --expert: a pipeline of two, transformer_2 (low noise, the first) and transformer (high noise)."
 _LINK = "Share the disk space of the unchanged parts with the base, by hard links: never edit them in place."
+_RANK = "Of LoRAs: the merged one's rank, by SVD; its error is told.  [the sum of their ranks]"
+_FUSE = "Of LoRAs: write the whole merged model, as the base is, instead of one LoRA for it."
 # What a recipe's merge calls the same thing.
 _IN_A_RECIPE = {
     "--expert": "a recipe trains its own",
+    "--pair": "a recipe trains its own experts",
     "--weights": "merge.search=none 'merge.weights=[...]' says it",
     "--weights-for": "'merge.weights_for={\"down_blocks.*\": [...]}' says it",
     "--keep": "'merge.keep={\"conv_out.*\": base}' says it",
@@ -61,6 +72,8 @@ _IN_A_RECIPE = {
     "--fisher": "merge.method=fisher makes what it needs",
     "--full-hash": "a recipe's parents have their digests",
     "--link": "the store keeps copies",
+    "--lora-rank": "merge.lora_rank=... says it",
+    "--fuse": "merge.fuse=true says it",
 }
 
 
@@ -80,7 +93,8 @@ def merge(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe; with --base, the method's options."),
     ] = None,
     base: Annotated[Path | None, typer.Option(help=f"{_PATHS}.")] = None,
-    expert: Annotated[list[Path] | None, typer.Option(help="The same, finetuned from it. Repeatable.")] = None,
+    expert: Annotated[list[Path] | None, typer.Option(help=_EXPERTS)] = None,
+    pair: Annotated[Path | None, typer.Option(help=_PAIR)] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder [runs/RECIPE]; with --base, where the merged model goes.")
     ] = None,
@@ -104,6 +118,8 @@ def merge(
         bool, typer.Option("--full-hash", help="Read the parents once more for their sha256, and remember it.")
     ] = False,
     link: Annotated[bool, typer.Option("--link", help=_LINK)] = False,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help=_RANK)] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help=_FUSE)] = False,
     jobs: Jobs = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; with --base, check all but the values. Then stop.")
@@ -117,6 +133,7 @@ def merge(
     words = [*([recipe] if recipe is not None else []), *(changes or [])]
     mine = {
         "--expert": expert,
+        "--pair": pair,
         "--weights": weights,
         "--weights-for": weights_for,
         "--keep": keep,
@@ -127,16 +144,19 @@ def merge(
         "--fisher": fisher,
         "--full-hash": full_hash,
         "--link": link,
+        "--lora-rank": lora_rank,
+        "--fuse": fuse,
     }
     if base is None:
         _check_recipe(words, mine)
         one_stage("merge", merges, words[0], words[1:], out, jobs, dry_run, as_json, idle=no_merge)
         return
-    out = _check_checkpoints(words, expert or [], out, jobs)
+    experts = _experts(base, expert or [], pair)
+    out = _check_checkpoints(words, experts, out, jobs)
     with _options_named():
         request = requested(
             base,
-            expert or [],
+            experts,
             out,
             weights=None if weights is None else parse_weights(weights),
             weights_for=parse_rules(weights_for or []),
@@ -149,6 +169,8 @@ def merge(
             fisher=fisher or [],
             full_hash=full_hash,
             link=link,
+            lora_rank=lora_rank,
+            fuse=fuse,
         )
         _checkpoints(request, dry_run, as_json)
 
@@ -173,6 +195,15 @@ def _check_recipe(words: Sequence[str], given: Mapping[str, object]) -> None:
         raise UserError(f"{name}: it is for --base; with the recipe {words[0]} {_IN_A_RECIPE[name]}")
     if not words:
         raise UserError("nothing to merge: name a recipe, or say --base DIR --expert DIR ... --out DIR")
+
+
+def _experts(base: Path, given: list[Path], pair: Path | None) -> list[Path]:
+    """The experts with --base: those that are named, or the two of a pair."""
+    if pair is None:
+        return given
+    if given:
+        raise UserError("--pair and --expert: a pair is two experts already; say --expert PAIR/transformer_2 for one")
+    return list(experts_of(pair, base))
 
 
 def _check_checkpoints(words: Sequence[str], experts: Sequence[Path], out: Path | None, jobs: int | None) -> Path:

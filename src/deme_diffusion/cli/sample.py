@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from deme_diffusion.pipeline.graph import Graph
     from deme_diffusion.pipeline.node import Node
     from deme_diffusion.pipeline.run import Run
-    from deme_diffusion.pipeline.sampling import SamplerChoice, Samples
+    from deme_diffusion.pipeline.sampling import Samples
+    from deme_diffusion.pipeline.sampling_choice import SamplerChoice
 
 
 class _Format(StrEnum):
@@ -57,6 +58,16 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Its num_inference_steps.  [as in the recipe]")] = None,
     eta: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="DDIM's eta.  [as in the recipe]")] = None,
     spacing: Annotated[_Spacing | None, typer.Option(help="Its timestep_spacing.  [as in the recipe]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.0, help="Its guidance_scale, of a model with prompts.  [as in the recipe]")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="What the images are asked for by: a text for all, or a file (.txt, .jsonl, .tsv) whose prompt s is "
+            "that of seed s, counted round; numbers of classes where the model takes classes.  [the table's prompts]"
+        ),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Where the images go; grows when run again.  [RUN/images/MODEL-SAMPLER]")
     ] = None,
@@ -70,7 +81,9 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample the images that the table is measured on; with --seeds or --images, write images of one model."""
-    asked = _Asked(model, seeds, sampler, steps, eta, spacing, images, format, grid, dry_run, as_json)
+    asked = _Asked(
+        model, seeds, sampler, steps, eta, spacing, guidance, prompts, images, format, grid, dry_run, as_json
+    )
     from deme_diffusion.pipeline.sampling import is_pipeline
 
     if is_pipeline(recipe):
@@ -94,6 +107,8 @@ class _Asked:
     steps: int | None
     eta: float | None
     spacing: _Spacing | None
+    guidance: float | None
+    prompts: str | None
     images: Path | None
     format: _Format | None
     grid: bool
@@ -102,9 +117,10 @@ class _Asked:
 
     @property
     def choice(self) -> SamplerChoice:
-        from deme_diffusion.pipeline.sampling import SamplerChoice
+        from deme_diffusion.pipeline.sampling_choice import SamplerChoice
 
-        return SamplerChoice(self.sampler, self.steps, self.eta, None if self.spacing is None else self.spacing.value)
+        spacing = None if self.spacing is None else self.spacing.value
+        return SamplerChoice(self.sampler, self.steps, self.eta, spacing, self.guidance)
 
     @property
     def listed(self) -> list[int] | None:
@@ -121,7 +137,8 @@ def _table_images(run: Run, asked: _Asked) -> None:
     """No seeds, no folder: the stages that sample for the table."""
     from deme_diffusion.pipeline.sampling import measured, model_named
 
-    given = {f"--{name}": getattr(asked, name) for name in ("sampler", "steps", "eta", "spacing", "format")}
+    names = ("sampler", "steps", "eta", "spacing", "guidance", "prompts", "format")
+    given = {f"--{name}": getattr(asked, name) for name in names}
     _refuse({**given, "--grid": asked.grid or None}, "it is for --seeds or --images")
 
     def stages(graph: Graph) -> list[Node]:
@@ -134,10 +151,12 @@ def _run_images(run: Run, asked: _Asked) -> None:
     """One model's images: of the seeds, or those that the table was measured on."""
     from deme_diffusion.pipeline import sampling
 
+    if asked.seeds is None:
+        _refuse({"--prompts": asked.prompts}, "the table's images have their own; give --seeds")
     if not asked.dry_run:
         run.settle(sampling.stages_of(sampling.model_named(run.graph, asked.model)))
     served, seeds = sampling.model_named(run.graph, asked.model), asked.listed
-    sampler = sampling.of_run(run, served, asked.choice, asked.images, asked.kind)
+    sampler = sampling.of_run(run, served, asked.choice, asked.images, asked.kind, asked.prompts)
     stage = sampling.measured_by(run, served, sampler.sampler) if seeds is None else None
     sampler.images.check(seeds)
     if asked.dry_run:
@@ -160,7 +179,7 @@ def _pipeline_images(folder: str, overrides: Sequence[str], asked: _Asked) -> No
     other = next((text for text in overrides if not text.startswith("runtime.")), None)
     if other:
         raise UserError(f"{other}: {folder} is a plain pipeline, which takes runtime.KEY=VALUE only")
-    sampler = of_pipeline(Path(folder), defaults(overrides), asked.choice, asked.images, asked.kind)
+    sampler = of_pipeline(Path(folder), defaults(overrides), asked.choice, asked.images, asked.kind, asked.prompts)
     sampler.images.check(seeds)
     if asked.dry_run:
         show.say(f"to do: {len(seeds)} images by {sampler.sampler.label} into {asked.images}")

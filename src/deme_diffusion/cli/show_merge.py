@@ -44,6 +44,8 @@ def plan(told: Told, in_json: bool) -> None:
         say(f"to write: {name} ({_size(size)})")
     if told["estimate"]:
         say(told_estimate(told["estimate"]))
+    if lora := told.get("lora"):
+        say(f"one LoRA: {lora['layers']} layers, rank {lora['rank']}")
     checked = "names, shapes, configs and space were checked; values are checked while merging; nothing is written"
     say(f"out: {told['out']}, {_size(told['bytes'])} of weights; {checked}")
 
@@ -59,6 +61,9 @@ def done(told: Told, out: Path, in_json: bool) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
     console.print(table(told))
+    if lora := told.get("lora"):
+        lost = "exact" if lora["exact"] else f"relative error {lora['relative_error']:.3g}"
+        say(f"one LoRA: {lora['layers']} layers, rank {lora['rank']}, {lost}")
     say(_how(told), out)
 
 

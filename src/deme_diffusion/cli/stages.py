@@ -104,6 +104,20 @@ def _no_classifier(recipe: Recipe) -> str | None:
     return None if given is None else f"extractor.pretrained={given} leaves no classifier to train; leave it out"
 
 
+def _no_cache(recipe: Recipe) -> str | None:
+    if not recipe.model.latent:
+        return f"model.family={recipe.model.family} has no latents to keep; images are read as they are"
+    if not recipe.cache.enabled:
+        return "cache.enabled=false turns it off; leave it out"
+    folder = recipe.cache.folder
+    return None if folder is None else f"cache.folder={folder} is there; leave it out to make one"
+
+
+def _no_clip(recipe: Recipe) -> str | None:
+    given = recipe.clip.pretrained
+    return None if given is None else f"clip.pretrained={given} leaves no CLIP to train; leave it out"
+
+
 def no_merge(recipe: Recipe) -> str | None:
     """A control can be merged where the experts are not."""
     merged = recipe.merge.method != "none" or {"soup", "all-timesteps-searched"} & set(recipe.evaluate.controls)
@@ -134,6 +148,19 @@ _one_stage(
     lambda graph: list(graph.of_stage("extractor")),
     "extractor.pretrained=null",
     idle=_no_classifier,
+)
+_one_stage(
+    "cache",
+    "Encode images and captions once, for all trainings: latents and text embeddings, by the `cache` section.",
+    lambda graph: list(graph.of_stage("cache")),
+    idle=_no_cache,
+)
+_one_stage(
+    "clip",
+    "Train a small CLIP on the recipe's captions, which takes the CLIP score, by its `clip` section.",
+    lambda graph: [graph.trained_clip()],
+    "clip.pretrained=null",
+    idle=_no_clip,
 )
 _one_stage(
     "similarity",

@@ -15,6 +15,7 @@ from deme_diffusion.config.evaluation import (
     SamplerSettings,
 )
 from deme_diffusion.config.inputs import (
+    FLOW,
     TAKES,
     AugmentSettings,
     CacheSettings,
@@ -30,6 +31,7 @@ from deme_diffusion.config.training import DecoupleSettings, PretrainSettings, T
 
 __all__ = [
     "FIGURES",
+    "FLOW",
     "TAKES",
     "AnalyzeSettings",
     "AugmentSettings",

@@ -19,6 +19,8 @@ TAKES: dict[str, Literal["nothing", "class", "text"]] = {
     "wan": "text",
 }
 """Family -> what it is conditioned on. All but ddpm denoise the latents of an autoencoder."""
+FLOW = ("stable_diffusion_3", "flux", "wan")
+"""Families of flow matching."""
 
 
 class ModelSettings(Settings):
@@ -39,6 +41,28 @@ class ModelSettings(Settings):
     logit_mean: float = Field(0.0, description="weighting_scheme=logit_normal")
     logit_std: float = Field(1.0, gt=0.0, description="weighting_scheme=logit_normal")
     mode_scale: float = Field(1.29, description="weighting_scheme=mode")
+    resolution: Positive | None = Field(
+        None, description="flow matching: side of the images in pixels; null: the family's, as its checkpoint says"
+    )
+    num_frames: Positive = Field(1, description="wan: frames of a video; 1: images")
+    max_sequence_length: Positive | None = Field(
+        None, description="flow matching: tokens of T5; null: as the stock pipeline takes them"
+    )
+
+    @model_validator(mode="after")
+    def _flow_agrees(self) -> Self:
+        flow = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "resolution", "max_sequence_length")
+        idle = () if self.flow else flow
+        idle = idle if self.family == "wan" else (*idle, "num_frames")
+        if said := [key for key in idle if key in self.changed()]:
+            families = "wan" if said[0] == "num_frames" else ", ".join(FLOW)
+            raise ValueError(f"model.{said[0]}: family {self.family} does not know it ({families} do); leave it out")
+        return self
+
+    @property
+    def flow(self) -> bool:
+        """Whether the family matches flows, on sigmas instead of a schedule of betas."""
+        return self.family in FLOW
 
     @property
     def takes(self) -> Literal["nothing", "class", "text"]:
@@ -59,7 +83,7 @@ class CacheSettings(Settings):
     """Latents and text embeddings computed once and shared by all experts (`deme cache`), of a latent family."""
 
     enabled: bool = Field(True, description="false: images and captions are encoded anew at every step")
-    views: Positive = Field(1, description="augmented views of each training image that are stored; epochs take turns")
+    views: Positive = Field(1, description="stored augmented views of each training image, of which a step draws one")
     dtype: Precision = Field("float16", description="of what is stored")
     batch_size: Positive = Field(32, description="images or captions encoded at once")
     shard_size: str = Field("1GB", description="of the safetensors files at most")
@@ -90,7 +114,7 @@ class DataSettings(Settings):
     image_column: str | None = Field(None, description="null: image, or else the only column that holds images")
     label_column: str | None = Field(None, description="null: label, where there is one")
     caption_column: str | None = Field(
-        None, description="for families that take text; null: text, caption or txt, where there is one"
+        None, description="for families that take text, as text or json.caption; null: text, caption or txt"
     )
     missing_captions: Literal["refuse", "empty"] = Field("refuse", description="empty: such images train without text")
     mode: Literal["RGB", "L"] = Field("RGB", description="colour or grey; what is otherwise is converted")
@@ -112,9 +136,11 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _path_fits_source(self) -> Self:
         if self.source == "digits" and self.path is not None:
-            raise ValueError("path is given, but source digits is embedded; use source folder, parquet or hub")
+            raise ValueError("path is given, but source digits is embedded; use folder, parquet, hub or webdataset")
         if self.source != "digits" and self.path is None:
             raise ValueError(f"source {self.source} needs a path")
+        if self.source == "digits" and self.caption_column is not None:
+            raise ValueError("caption_column is given, but the digits have captions of their own; leave it null")
         if self.crop == "random" and self.resolution is None:
             raise ValueError("crop=random needs a resolution: the side of the square")
         if self.streaming and self.source != "hub":

@@ -13,6 +13,9 @@ from deme_diffusion.config.inputs import CacheSettings, DataSettings, ModelSetti
 from deme_diffusion.config.merging import MergeSettings
 from deme_diffusion.config.training import DecoupleSettings, PretrainSettings
 
+NO_LORA = ("ddpm", "dit")
+"""Families whose stock pipelines have no `load_lora_weights`."""
+
 
 class RuntimeSettings(Settings):
     """What changes no result but its last bits, and what serving costs; it stays out of all other digests."""
@@ -92,6 +95,22 @@ class Recipe(Settings):
             raise ValueError(f"cache.{idle[0]}: family {family} has no latents to keep; leave it out")
         if self.model.takes == "nothing" and self.decouple.proportion_empty_prompts:
             raise ValueError(f"decouple.proportion_empty_prompts: family {family} takes no prompts; leave it 0")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_agrees(self) -> Self:
+        merge, family = self.merge, self.model.family
+        if self.decouple.lora_rank is None:
+            if said := [name for name in ("lora_rank", "fuse") if name in merge.changed()]:
+                raise ValueError(f"merge.{said[0]}: the experts are no LoRAs; set decouple.lora_rank, or leave it out")
+            return self
+        if merge.fuse and merge.lora_rank is not None:
+            raise ValueError("merge.lora_rank: a fused model has no rank; leave out one of lora_rank and fuse")
+        if not merge.fuse and merge.max_shard_size is not None:
+            raise ValueError("merge.max_shard_size: a merged LoRA is one small file; leave it out, or set merge.fuse")
+        merged = merge.method != "none" or {"soup", "all-timesteps-searched"} & set(self.evaluate.controls)
+        if family in NO_LORA and merged and not merge.fuse:
+            raise ValueError(f"merge.fuse: stock pipelines of family {family} load no LoRA; set merge.fuse=true")
         return self
 
     @model_validator(mode="after")

@@ -193,11 +193,17 @@ class DecoupleSettings(TrainSettings):
     def _lora_is_possible(self) -> Self:
         if self.lora_rank is None:
             if said := [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]:
-                raise ValueError(f"{said[0]} is of LoRA experts; set lora_rank, or leave it out")
+                raise ValueError(f"{said[0]} is of LoRA experts; set decouple.lora_rank, or leave it out")
             return self
         for name, only in (("projection", "none"), ("init", "pretrained"), ("teacher", "frozen")):
             if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)}: LoRA leaves the base as it is; use {name}={only}")
+                found = getattr(self, name)
+                raise ValueError(f"{name}={found}: LoRA leaves the base as it is; set decouple.{name}={only}")
+        if self.teacher_dtype != "float32":
+            raise ValueError(
+                f"teacher_dtype={self.teacher_dtype}: the teacher of LoRA experts is the base itself, held and run in "
+                "model.dtype; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

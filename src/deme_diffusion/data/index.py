@@ -1,7 +1,8 @@
-"""One pass over a data set: what is readable, which split each image is in, labels, and (if they fit) the pixels."""
+"""One pass over a data set: what is readable, each image's split, label, captions, and (if they fit) the pixels."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deme_diffusion.config import DataSettings
-from deme_diffusion.data.prepare import Corrupt, as_array, decode, in_mode, prepared
+from deme_diffusion.data.captions import CAPTIONS, NAMED, Captionfile, Counted, unlisted
+from deme_diffusion.data.prepare import Corrupt, Encoded, as_array, decode, in_mode, prepared
 from deme_diffusion.data.sources import Pixels, SplitName
 from deme_diffusion.data.splits import SPLITS, split_of
-from deme_diffusion.data.table import Row, Table
+from deme_diffusion.data.table import Table
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import write_json
 
@@ -39,6 +41,7 @@ class Scanned:
     split: SplitName | None = None
     pixels: Pixels | None = None
     problem: str = ""
+    captions: Sequence[str] = ()
 
 
 @dataclass
@@ -88,14 +91,14 @@ class Summary:
 
 def scan(table: Table, settings: DataSettings, threads: int = 4) -> Iterator[Scanned]:
     """Every row in order, decoded and prepared by several threads (PIL decodes outside the interpreter's lock)."""
-    rows, numbers = iter(table), count()
+    rows, numbers = table.captioned(), count()
     with ThreadPoolExecutor(max(1, threads)) as pool:
         while chunk := list(islice(rows, CHUNK)):
             yield from pool.map(lambda row, i: _scanned(i, row, settings), chunk, numbers)
 
 
-def _scanned(index: int, row: Row, settings: DataSettings) -> Scanned:
-    encoded, label = row
+def _scanned(index: int, row: tuple[Encoded | None, Any, list[str]], settings: DataSettings) -> Scanned:
+    encoded, label, captions = row
     try:
         if encoded is None:
             raise Corrupt("empty")
@@ -105,7 +108,7 @@ def _scanned(index: int, row: Row, settings: DataSettings) -> Scanned:
     except Corrupt as problem:
         named = f"{encoded.parent.name}/{encoded.name}: " if isinstance(encoded, Path) else ""
         return Scanned(index, label, problem=f"{named}{problem}")
-    return Scanned(index, label, image.size, image.mode, split_of(as_array(raw), settings), pixels)
+    return Scanned(index, label, image.size, image.mode, split_of(as_array(raw), settings), pixels, captions=captions)
 
 
 class Pixelfile:
@@ -132,21 +135,33 @@ class Pixelfile:
             self.file = None
 
 
-def make_index(settings: DataSettings, folder: Path, *, commit: str | None, limit: float) -> dict[str, Any]:
+def make_index(
+    settings: DataSettings, folder: Path, *, commit: str | None, limit: float, captioned: bool = False
+) -> dict[str, Any]:
     """Scan the data set into `folder`: `index.npz`, `index.json`, and `pixels.bin` where they fit into `limit` bytes.
 
-    Raises UserError for what `Table` and `Summary.check` refuse.
+    `captioned`: `captions.jsonl` too. Raises UserError for what `Table` and `Summary.check` refuse.
     """
-    table = Table(settings, commit)
+    if settings.source == "folder":
+        _warn_of_unlisted(settings)
+    table = Table(settings, commit, captioned=captioned)
     if settings.streaming:
         limit = float("inf")  # what streams past is kept, or it would have to stream past for every epoch
     summary, splits, labels, shapes = Summary(), list[int](), list[Any](), list[tuple[int, ...]]()
+    told = Counted()
     with ExitStack() as stack:
         stored = Pixelfile(folder / PIXELS, limit)
         stack.callback(stored.close)
+        said = Captionfile(folder / CAPTIONS) if captioned else None
+        if said is not None:
+            stack.enter_context(said.file)
         for row in scan(table, settings):
             summary.add(row)
             stored.add(row.pixels)
+            if said is not None:
+                said.add(row.captions)
+                if row.split is not None:
+                    told.add(row.index, row.captions)
             splits.append(UNREADABLE if row.split is None else SPLITS.index(row.split))
             labels.append(row.label)
             shapes.append((0, 0, 0) if row.pixels is None else row.pixels.shape)
@@ -158,9 +173,18 @@ def make_index(settings: DataSettings, folder: Path, *, commit: str | None, limi
         "offset": np.array(stored.offsets),
         "shape": np.array(shapes),
     }
+    if said is not None:
+        arrays["caption"] = np.array(said.offsets)
     np.savez(folder / INDEX, **(arrays | _labels(labels)))
-    write_json(folder / SUMMARY, summary.as_dict())
-    return summary.as_dict()
+    seen = {**summary.as_dict(), **({"captions": told.as_dict()} if captioned else {})}
+    write_json(folder / SUMMARY, seen)
+    return seen
+
+
+def _warn_of_unlisted(settings: DataSettings) -> None:
+    if left := unlisted(settings):
+        named = ", ".join(left[:NAMED]) + (", ..." if len(left) > NAMED else "")
+        log.warning("data: %d images have no line in metadata.jsonl, and are left out: %s", len(left), named)
 
 
 def _labels(labels: list[Any]) -> dict[str, np.ndarray]:
@@ -186,7 +210,8 @@ class Indexed:
             arrays = {name: index[name] for name in index.files}
         self.split, self._offset, self._shape = arrays["split"], arrays["offset"], arrays["shape"]
         self._labels: np.ndarray | None = arrays.get("label")
-        self._pixels = _mapped(folder / PIXELS)
+        self._caption: np.ndarray | None = arrays.get("caption")
+        self._pixels, self._captions = _mapped(folder / PIXELS), _mapped(folder / CAPTIONS)
         self._table: Table | None = None
 
     def __len__(self) -> int:
@@ -206,16 +231,31 @@ class Indexed:
         return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
 
     def captions(self, index: int) -> Sequence[str]:
-        """Its captions."""
-        return []
+        """Its captions, of an index that was made with them."""
+        if not self.has_captions(index):
+            return []
+        assert self._caption is not None, "it has captions"
+        assert self._captions is not None, "it has captions"
+        found: list[str] = json.loads(self._captions[self._caption[index] : self._caption[index + 1]].tobytes())
+        return found
+
+    def has_captions(self, index: int) -> bool:
+        """Whether it has some."""
+        return self._caption is not None and bool(self._caption[index + 1] > self._caption[index])
+
+    def called(self, index: int) -> str:
+        """How a reader finds an image: by its file's name, where it has one, else by its number."""
+        self._table = self._table or Table(self.settings, self._commit)
+        encoded = None if self.settings.streaming else self._table.encoded(index)
+        return f"{encoded.parent.name}/{encoded.name}" if isinstance(encoded, Path) else f"number {index}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Loader processes map the file and open the table anew."""
-        return {**self.__dict__, "_table": None, "_pixels": None}
+        """Loader processes map the files and open the table anew."""
+        return {**self.__dict__, "_table": None, "_pixels": None, "_captions": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._pixels = _mapped(self._folder / PIXELS)
+        self._pixels, self._captions = _mapped(self._folder / PIXELS), _mapped(self._folder / CAPTIONS)
 
 
 def _mapped(file: Path) -> np.ndarray | None:

@@ -91,7 +91,7 @@ def steps(
         sampler=indices,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # or the loader draws from the global one, which dropout relies on
     )
     micro: list[Batch] = []
@@ -102,7 +102,8 @@ def steps(
             micro = []
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
+    """What a loader process starts with."""
     # A terminal or a scheduler signals all processes at once, and the parent still needs batches until its checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

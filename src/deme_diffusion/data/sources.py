@@ -21,6 +21,8 @@ WORDINGS = (
     "{}",
     "a small grey {} drawn by hand",
     "the numeral {} in pencil",
+    "a photo of the number {}",
+    "a scan of the number {} written by hand in grey ink",
 )
 SplitName = Literal["train", "search", "report"]
 Pixels = npt.NDArray[np.uint8]
@@ -37,6 +39,12 @@ class Source(Protocol):
 
     def captions(self, index: int) -> Sequence[str]:
         """One or several captions of an image; none where the source has no text."""
+
+    def has_captions(self, index: int) -> bool:
+        """Whether an image has some, at no cost."""
+
+    def called(self, index: int) -> str:
+        """How a reader finds an image."""
 
 
 class Digits:
@@ -64,6 +72,14 @@ class Digits:
         """The digit in several wordings."""
         word = WORDS[self.label(index)]
         return [wording.format(word) for wording in WORDINGS]
+
+    def has_captions(self, index: int) -> bool:
+        """All have."""
+        return True
+
+    def called(self, index: int) -> str:
+        """By number."""
+        return f"number {index}"
 
     @staticmethod
     def content_digest() -> str:

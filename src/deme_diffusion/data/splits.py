@@ -82,19 +82,27 @@ class Split:
     ) -> dict[str, Any]:
         """`image` as `training_images`, and `caption` or `label`: one of an image's captions, or with the probability
         `empty` none ('' or -1), for classifier-free guidance. Each draw is keyed by first + i."""
-        images = self.training_images(positions, seed=seed, purpose=purpose, step=step, first=first)
+        keyed: dict[str, Any] = {"seed": seed, "purpose": purpose, "step": step, "first": first}
+        images = self.training_images(positions, **keyed)
+        return {"image": images, **self.training_prompts(positions, **keyed, empty=empty)}
+
+    def training_prompts(
+        self, positions: Sequence[int], *, seed: int, purpose: str, step: int, first: int, empty: float = 0.0
+    ) -> dict[str, Any]:
+        """`caption` or `label` of `training_batch`; nothing where the model takes neither."""
         if self.carries == "nothing":
-            return {"image": images}
+            return {}
         draws = uniforms(seed, f"prompt {purpose}", step, first, len(positions), each=2)
-        return {"image": images, **self.prompts(positions, draws[:, 0], dropped=draws[:, 1] < empty)}
+        return self.prompts(positions, draws[:, 0], dropped=draws[:, 1] < empty)
 
     def view_batch(self, view: int, start: int = 0, stop: int | None = None) -> dict[str, Any]:
         """`image` as `view`, and `caption` or `label`: each view has the next of an image's captions."""
-        batch = {"image": self.view(view % self.settings.views, start, stop)}
-        if self.carries == "nothing":
-            return batch
-        positions = range(len(self))[start:stop]
-        return {**batch, **self.prompts(positions, view)}
+        images = self.view(view % self.settings.views, start, stop)
+        return {"image": images, **self.view_prompts(view, start, stop)}
+
+    def view_prompts(self, view: int, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+        """`caption` or `label` of `view_batch`; nothing where the model takes neither."""
+        return {} if self.carries == "nothing" else self.prompts(range(len(self))[start:stop], view)
 
     def prompts(
         self, positions: Sequence[int], which: int | np.ndarray, dropped: np.ndarray | None = None
@@ -110,6 +118,8 @@ class Split:
     def caption(self, position: int, which: int | float) -> str:
         """One caption of an image: by number, counted round, or by a draw in [0, 1). Raises UserError without any."""
         captions = self.source.captions(self.indices[position])
+        if not captions and self.settings.missing_captions == "empty":
+            return ""
         if not captions:
             where = f" {self.settings.path}" if self.settings.path else ""
             raise UserError(

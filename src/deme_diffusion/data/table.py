@@ -1,4 +1,4 @@
-"""Encoded images of a folder, of parquet files or of a hub data set, by way of `datasets`; nothing is decoded here."""
+"""Encoded images of a folder, parquet files, tar shards or a hub data set, by `datasets`; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -10,29 +10,38 @@ from typing import Any
 import numpy as np
 
 from deme_diffusion.config import DataSettings
+from deme_diffusion.data.captions import caption_column, captions_in
 from deme_diffusion.data.contents import METADATA, listed
 from deme_diffusion.data.prepare import Encoded
+from deme_diffusion.data.shards import columns_of, undecodable
 from deme_diffusion.digests import size_and_time
 from deme_diffusion.errors import MachineError, UserError, nearest
 from deme_diffusion.rng import generator
 
+KINDS = {"folder": "imagefolder", "parquet": "parquet", "webdataset": "webdataset"}
+"""Source -> what `datasets` calls it."""
 Row = tuple[Encoded | None, Any]
 """An encoded image (None where the column is empty) and its label, None where there is none."""
 
 
 class Table:
-    """The rows of a data set with their columns found. Raises UserError: nothing there, no such column, no images."""
+    """The rows of a data set with their columns found. Raises UserError: nothing there, no such column, no images.
 
-    def __init__(self, settings: DataSettings, commit: str | None = None) -> None:
+    `captioned`: with their captions, which are looked for only then.
+    """
+
+    def __init__(self, settings: DataSettings, commit: str | None = None, *, captioned: bool = False) -> None:
         self.settings = settings
         self.rows = _opened(settings, commit)
         features = dict(self.rows.features or {})
         if not features:  # a stream that does not say: its first row does
             features = dict(next(iter(self.rows), {}))
         self.columns = list(features)
-        self.image = self._image_column(features)
+        self.images = self._image_columns(features)
         self.label = self._optional(settings.label_column, "label")
-        self.rows = self._undecoded().select_columns([c for c in (self.image, self.label) if c])
+        self.caption = caption_column(settings, self.columns) if captioned else None
+        taken = (*self.images, self.label, self._of(self.caption))
+        self.rows = self._undecoded().select_columns(list(dict.fromkeys(c for c in taken if c)))
         most = settings.max_images
         if most is not None and not settings.streaming and most < len(self.rows):
             # Not the first: folders list images by class.
@@ -44,23 +53,40 @@ class Table:
 
     def encoded(self, index: int) -> Encoded | None:
         """One image's file or bytes."""
-        return _encoded(self.rows[index][self.image])
+        return self._encoded(self.rows[index])
+
+    def _encoded(self, row: dict[str, Any]) -> Encoded | None:
+        found = (_encoded(row[name]) for name in self.images)
+        return next((image for image in found if image is not None), None)
+
+    def _of(self, name: str | None) -> str | None:
+        """The column that a name is in, as `json` of `json.caption`."""
+        return name if name is None or name in self.columns else name.split(".")[0]
 
     def __iter__(self) -> Iterator[Row]:
         """The rows in order, up to `data.max_images`. Raises MachineError where a stream or a file breaks off."""
+        return ((encoded, label) for encoded, label, _ in self.captioned())
+
+    def captioned(self) -> Iterator[tuple[Encoded | None, Any, list[str]]]:
+        """The same, each with its captions. Raises UserError for captions that are no text."""
         rows = islice(iter(self.rows), self.settings.max_images)
         while True:
             try:
                 row = next(rows, None)
-                encoded = _encoded(row[self.image]) if row else None
+                encoded = self._encoded(row) if row else None
             except Exception as error:  # a dozen kinds of pyarrow, the hub and the file system
                 reason = _reason(error)
                 raise MachineError(f"data.path: {self.settings.path} breaks off ({reason}); try again") from None
             if row is None:
                 return
-            yield encoded, row[self.label] if self.label else None
+            yield (
+                encoded,
+                row[self.label] if self.label else None,
+                captions_in(row, self.caption) if self.caption else [],
+            )
 
-    def _image_column(self, features: dict[str, Any]) -> str:
+    def _image_columns(self, features: dict[str, Any]) -> list[str]:
+        """The column of the images; of shards the columns, one for each kind of file."""
         from datasets import Image
 
         named = self.settings.image_column
@@ -68,14 +94,14 @@ class Table:
         if named is not None:
             if named not in self.columns:
                 raise UserError(f"data.image_column: {self._no_column(named)}")
-            return named
+            return [named]
         if "image" in self.columns:
-            return "image"
+            return ["image"]
         if not found:
             raise UserError(f"data.image_column: {self.settings.path} has none with images; {self._listed()}")
-        if len(found) > 1:
+        if len(found) > 1 and self.settings.source != "webdataset":
             raise UserError(f"data.image_column: name one of {', '.join(found)}")
-        return found[0]
+        return found
 
     def _optional(self, named: str | None, usual: str) -> str | None:
         if named is not None and named not in self.columns:
@@ -88,10 +114,13 @@ class Table:
         if self.rows.features is None:  # nothing would decode them
             return self.rows
         # Bytes or paths, not pictures: a broken image is then ours to count, not an exception of the whole data set.
+        rows = self.rows
         try:
-            return self.rows.cast_column(self.image, Image(decode=False))
+            for name in self.images:
+                rows = rows.cast_column(name, Image(decode=False))
+            return rows
         except Exception as error:  # pyarrow's kinds
-            problem = f"{self.image!r} of {self.settings.path} holds no encoded images ({_reason(error)})"
+            problem = f"{self.images[0]!r} of {self.settings.path} holds no encoded images ({_reason(error)})"
             raise UserError(f"data.image_column: {problem}; {self._listed()}") from None
 
     def _no_column(self, name: str) -> str:
@@ -112,13 +141,17 @@ def _opened(settings: DataSettings, commit: str | None) -> Any:
         files = listed(settings)
         if settings.source == "folder" and not any(f.name in METADATA for f in files):
             return datasets.Dataset.from_dict(_columns(files))
-        kind = "imagefolder" if settings.source == "folder" else "parquet"
-        return datasets.load_dataset(kind, data_files={"train": _as_they_are(files)}, split="train")
+        options = {"features": columns_of(files)} if settings.source == "webdataset" else {}
+        given = {"train": _as_they_are(files)}
+        return datasets.load_dataset(KINDS[settings.source], data_files=given, split="train", **options)
     except UserError:
         raise
     except Exception as error:  # a dozen kinds of pyarrow, the hub and the file system
-        problem = f"{settings.path} cannot be read as {settings.source} ({_reason(error.__cause__ or error)})"
-        raise UserError(f"data.path: {problem}") from None
+        cause = error.__cause__ or error
+        where = undecodable(files) if settings.source == "webdataset" and isinstance(cause, UnicodeError) else ""
+        raise UserError(
+            f"data.path: {settings.path} cannot be read as {settings.source} ({_reason(cause)}){where}"
+        ) from None
 
 
 def _on_hub(settings: DataSettings, commit: str | None) -> Any:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from deme_diffusion.config import RuntimeSettings, TrainSettings
 from deme_diffusion.decoupling.step import Job
+from deme_diffusion.decoupling.student import Student
 from deme_diffusion.decoupling.switches import checkpoint_gradients
 from deme_diffusion.errors import UserError
-from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.denoiser import Denoiser, Noised
+from deme_diffusion.models.lora import adapt
+from deme_diffusion.models.precision import computes_in
 from deme_diffusion.models.projection import Projected
 
+T = TypeVar("T", bound=nn.Module)
 Breakdown = dict[str, int]
 """Bytes by what they are for; `base` is there already when a training begins."""
 
@@ -33,8 +37,10 @@ def estimate(
     """
     settings = job.settings
     with FakeTensorMode():
-        student = Projected(_fake(denoiser.module), job.projection, job.projection_axes).train()
-        weights, count = size_of(student), sum(p.numel() for p in student.parameters())
+        student = _student(denoiser, job)
+        trained = denoiser.trainable(student)
+        weights, count = _bytes(trained), sum(p.numel() for p in trained)
+        weights += 0 if job.lora else _bytes(student.buffers())
         if settings.mixed_precision != "no" and device.type != "cpu":
             _norms_in_float32(student)
         activations = _activations(denoiser, student, settings)
@@ -42,9 +48,9 @@ def estimate(
             activations = _activations_checkpointed(denoiser, student, settings)
     averages = 0 if not settings.use_ema else 1 if not runtime.offload_ema else 2 if device.type == "cpu" else 0
     return {
-        "base": 0 if _makes_way(job, device) else _resident(denoiser, device),
+        "base": _base(denoiser, job, device),
         "weights": weights,
-        "gradients": weights * (1 + _more_gradients(job, processes)) + _compared(job, student),
+        "gradients": weights * (1 + _more_gradients(job, processes)) + _compared(job, trained),
         "optimizer": 2 * (count if settings.use_8bit_adam else weights),
         "ema": averages * weights,
         "teacher": _teacher(denoiser, job, count),
@@ -72,7 +78,7 @@ def check_memory(
         raise UserError(
             f"{job.name}: training needs about {_gb(total)} of memory on the {device.type} "
             f"({', '.join(f'{kind} {_gb(needed[kind])}' for kind in largest)}, ...), but {_gb(free)} is free; "
-            f"lower {_advice(job, runtime, device)}"
+            f"lower {_advice(job, runtime, device, wide=computes_in(denoiser.module) == torch.float32)}"
         )
     return needed
 
@@ -85,7 +91,27 @@ def altogether(denoiser: Denoiser, job: Job, runtime: RuntimeSettings, device: t
 
 def size_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
+    return _bytes([*module.parameters(), *module.buffers()])
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _student(denoiser: Denoiser, job: Job) -> Student:
+    """The student, of tensors that hold no numbers."""
+    if job.lora is not None:
+        with unset_fake_temporarily():  # in which peft could put nothing in
+            adapted = adapt(_emptied(denoiser.module, device="meta"), job.lora, job.seed)
+        return _emptied(adapted).train()
+    return Projected(_emptied(denoiser.module, master=True), job.projection, job.projection_axes).train()
+
+
+def _base(denoiser: Denoiser, job: Job, device: torch.device) -> int:
+    """Bytes of the base on the device; the only copy of it, where adapters are trained in it."""
+    if job.lora is not None:
+        return size_of(denoiser.module)
+    return 0 if _makes_way(job, device) else _resident(denoiser, device)
 
 
 def _resident(denoiser: Denoiser, device: torch.device) -> int:
@@ -96,13 +122,17 @@ def _resident(denoiser: Denoiser, device: torch.device) -> int:
 
 def _makes_way(job: Job, device: torch.device) -> bool:
     """Whether a teacher in half precision stands in for the base on a GPU (`Denoiser.teacher`)."""
-    halved = job.teacher == "frozen" and job.teacher_precision is not None
+    halved = job.teacher == "frozen" and job.teacher_precision is not None and job.lora is None
     return halved and bool(job.consistency_weight) and device.type != "cpu"
 
 
 def _teacher(denoiser: Denoiser, job: Job, count: int) -> int:
     """Bytes of a teacher that is not the base itself."""
-    if not job.consistency_weight or (job.teacher == "frozen" and job.teacher_precision is None):
+    if (
+        not job.consistency_weight
+        or job.lora is not None
+        or (job.teacher == "frozen" and job.teacher_precision is None)
+    ):
         return 0
     held = count if job.teacher == "ema" else sum(p.numel() for p in denoiser.module.parameters())
     return held * (job.teacher_precision or torch.float32).itemsize
@@ -113,33 +143,38 @@ def _more_gradients(job: Job, processes: int) -> int:
     return (processes > 1) + (job.multi_task_clusters if job.multi_task == "nash" else 0)
 
 
-def _compared(job: Job, student: nn.Module) -> int:
+def _compared(job: Job, trained: Sequence[nn.Parameter]) -> int:
     """NashMTL's inner products: the clusters' gradients of one tensor, twice in float64 (`bargaining.gram`)."""
-    largest = max(p.numel() for p in student.parameters())
+    largest = max(p.numel() for p in trained)
     return 16 * job.multi_task_clusters * largest if job.multi_task == "nash" else 0
 
 
-def _advice(job: Job, runtime: RuntimeSettings, device: torch.device) -> str:
-    """The settings that are left to change."""
+def _advice(job: Job, runtime: RuntimeSettings, device: torch.device, *, wide: bool = True) -> str:
+    """The settings that are left to change; `wide`: the base is held in float32."""
     batch = f"train_batch_size={job.settings.train_batch_size} (raising gradient_accumulation_steps as much)"
     others = {
         "multi_task=uncertainty": job.multi_task == "nash",
         "runtime.gradient_checkpointing=true": not runtime.gradient_checkpointing,
         "runtime.offload_ema=true": device.type != "cpu" and job.settings.use_ema and not runtime.offload_ema,
+        "model.dtype=bfloat16": job.lora is not None and wide,
         "teacher_dtype=bfloat16": bool(job.consistency_weight) and job.teacher_precision is None
-        and (device.type != "cpu" or job.teacher == "ema"),
+        and job.lora is None and (device.type != "cpu" or job.teacher == "ema"),
     }  # fmt: skip
     left = [name for name, possible in others.items() if possible]
     return batch + (f", or set {', '.join(left)}" if left else "")
 
 
-def _fake(module: nn.Module) -> nn.Module:
-    """A student's copy whose tensors have shapes but no memory: on a CPU, since a GPU's need a GPU for it."""
+def _emptied(module: T, *, master: bool = False, device: str = "cpu") -> T:
+    """A copy whose tensors have shapes but no memory: of a student on a CPU, since a GPU's need a GPU for it.
+
+    `master`: trained as a whole, and so in float32.
+    """
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        dtype = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
-        empty = torch.empty(tensor.shape, dtype=dtype)
-        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+        widens = master and tensor.is_floating_point() and tensor.dtype != torch.float64
+        empty = torch.empty(tensor.shape, dtype=torch.float32 if widens else tensor.dtype, device=device)
+        trained = master or tensor.requires_grad
+        memo[id(tensor)] = nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
 
 
@@ -150,26 +185,24 @@ def _norms_in_float32(module: nn.Module) -> None:
             part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
-def _activations(denoiser: Denoiser, student: Projected, settings: TrainSettings) -> int:
+def _activations(denoiser: Denoiser, student: Student, settings: TrainSettings) -> int:
     """Bytes that a forward pass keeps for the backward pass."""
     with _counting(student) as stored:
         return _forward(denoiser, student, settings, stored)
 
 
-def _forward(denoiser: Denoiser, student: Projected, settings: TrainSettings, stored: dict[int, int]) -> int:
-    wide = next(student.parameters()).dtype
-    x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=wide)
+def _forward(denoiser: Denoiser, student: nn.Module, settings: TrainSettings, stored: dict[int, int]) -> int:
+    x = torch.empty(settings.train_batch_size, *denoiser.sample_shape, dtype=next(student.parameters()).dtype)
     t = torch.zeros(settings.train_batch_size, dtype=torch.long)
-    given = denoiser.placeholder(settings.train_batch_size)
-    condition = {key: value.to(wide) if value.is_floating_point() else value for key, value in given.items()}
+    condition = {key: value.cpu() for key, value in denoiser.placeholder(settings.train_batch_size).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.mixed_precision != "no"):
         # Which holds on to the graph while it is counted.
-        loss = (denoiser.predict(student, x, t, condition) - x).square().mean()
+        loss = (denoiser.answer(student, Noised(x, t, x, condition)) - x).square().mean()
     assert loss.requires_grad
     return sum(stored.values())
 
 
-def _activations_checkpointed(denoiser: Denoiser, student: Projected, settings: TrainSettings) -> int:
+def _activations_checkpointed(denoiser: Denoiser, student: Student, settings: TrainSettings) -> int:
     """Those at the borders of the parts that are computed anew, and all of the largest part's."""
     parts = [0]
     with _counting(student) as stored:

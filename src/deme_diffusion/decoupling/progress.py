@@ -15,6 +15,7 @@ from torch import nn
 from deme_diffusion.decoupling.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.multi_task import MultiTask
+from deme_diffusion.decoupling.student import load_state_of, state_of
 from deme_diffusion.decoupling.teacher import Averaged
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def snapshot(
 ) -> Checkpoint:
     """All that a resumed training needs to take the very next step."""
     parts = {
-        "model": accelerator.unwrap_model(student).state_dict(),
+        "model": state_of(accelerator.unwrap_model(student)),
         "optimizer": flatten_optimizer(optimizer),
         "ema": ema.state() if ema else {},
         "teacher": teacher.state() if teacher else {},
@@ -67,7 +68,7 @@ def restore(
     weighing: MultiTask | None = None,
 ) -> Progress:
     """Put a checkpoint back; what exactness is relative to (versions, device, threads) is compared, and said."""
-    accelerator.unwrap_model(student).load_state_dict(saved.part("model"))
+    load_state_of(accelerator.unwrap_model(student), saved.part("model"))
     restore_optimizer(optimizer, saved.part("optimizer"))
     record = {key: saved.record[key] for key in Progress.__dataclass_fields__}
     record["best_loss"] = math.inf if record["best_loss"] is None else record["best_loss"]

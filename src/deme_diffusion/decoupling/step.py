@@ -15,6 +15,7 @@ from deme_diffusion.decoupling.initial import PRETRAINED, Start
 from deme_diffusion.decoupling.timesteps import Timesteps, draw_timesteps
 from deme_diffusion.division import Runs, from_runs, owners, reported
 from deme_diffusion.models.denoiser import Denoiser, Noised, on_device
+from deme_diffusion.models.lora import LowRank
 from deme_diffusion.models.objective import consistency_loss, denoising_loss
 from deme_diffusion.models.weighting import timestep_weights
 
@@ -43,6 +44,8 @@ class Job:
     multi_task_clusters: int = 5
     multi_task_division: Literal["uniform", "log_snr"] = "uniform"
     multi_task_update_steps: int = 25
+    lora: LowRank | None = None
+    """Adapters are trained, and the base stays as it is; None: all of its weights are."""
 
     @property
     def teacher_precision(self) -> torch.dtype | None:
@@ -120,7 +123,7 @@ class TrainStep:
 
         # The teacher before the student, whose activations would be in its way: 5% of a small model's step.
         answer = None if teacher is None else self._answer(teacher, noised)
-        prediction = self.denoiser.predict(student, noised.x_t, noised.t, noised.condition)
+        prediction = self.denoiser.answer(student, noised)
         denoising = denoising_loss(prediction, noised.target)
         consistency = torch.zeros_like(denoising) if answer is None else consistency_loss(prediction, answer)
 
@@ -137,9 +140,5 @@ class TrainStep:
 
     @torch.no_grad()
     def _answer(self, teacher: nn.Module, noised: Noised) -> torch.Tensor:
-        """The teacher's prediction, in the precision that it is held in, as float32."""
-        precision = self.job.teacher_precision
-        if precision is None:
-            return self.denoiser.predict(teacher, noised.x_t, noised.t, noised.condition)
-        condition = {k: v.to(precision) if v.is_floating_point() else v for k, v in noised.condition.items()}
-        return self.denoiser.predict(teacher, noised.x_t.to(precision), noised.t, condition).float()
+        """The teacher's prediction, in the precision that it is held in."""
+        return self.denoiser.answer(teacher, noised)

@@ -14,7 +14,7 @@ from torch import nn
 
 from deme_diffusion.config import RuntimeSettings, TrainSettings
 from deme_diffusion.errors import MachineError, UserError
-from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.denoiser import Denoiser, Noised
 
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 """Of the loss where gradients in fp16 are compared: as the first of a gradient scaler's, and smaller ones."""
@@ -68,7 +68,9 @@ def _readable(switches: list[tuple[Any, str]]) -> Iterator[tuple[Any, str, Any]]
 def laid_out(module: nn.Module, runtime: RuntimeSettings) -> nn.Module:
     """The module, in place, in the memory format and compiled as the settings say; names of its state stay."""
     if runtime.channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.ndim == 4:  # torch refuses modules that also have kernels of three axes, as a video's
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
     if runtime.compile:
         check_compiler(next(module.parameters()).device)
         # Else code compiled for a model without projections, which are hooks, would be run for one that has them.
@@ -94,13 +96,20 @@ def forget_compiled() -> None:
 
 
 def check_compiled(denoiser: Denoiser, student: nn.Module, settings: TrainSettings) -> None:
-    """Compare a compiled student's gradients with its own uncompiled ones, on noise. Raises MachineError.
+    """Compare a compiled student's gradients with its own uncompiled ones, on noise. MachineError where they differ,
+    or where it does not compile.
 
     Several versions of torch compile upsampling to a wrong backward pass, without a word.
     """
     with torch.compiler.set_stance("force_eager"):
         scale, plain = _finite_gradients(denoiser, student, settings)
-    compiled = gradients(denoiser, student, settings, scale)
+    try:
+        compiled = gradients(denoiser, student, settings, scale)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = " ".join(str(error).split("\n")[:2]) or type(error).__name__  # whose fault it is stands in the second
+        raise MachineError(
+            f"runtime.compile: torch {torch.__version__} does not compile the model ({why}); use runtime.compile=false"
+        ) from None
     norm = float(torch.stack([gradient.norm() for gradient in plain.values()]).norm())
     for name, gradient in plain.items():
         if not float((compiled[name] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-3 * norm:
@@ -129,17 +138,30 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Of the mean square of an answer, times `scale`; without dropout, which compiled code draws in its own way."""
     first = next(student.parameters())
-    shape = (settings.train_batch_size, *denoiser.sample_shape)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first)
-    t = torch.arange(len(x), device=first.device) % denoiser.num_train_timesteps
+    noised = _noise(denoiser, settings.train_batch_size, first.device)
     dropout = any(isinstance(part, nn.Dropout) and part.p for part in student.modules())
     half = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     with torch.autocast(first.device.type, dtype=half, enabled=settings.mixed_precision != "no"):
-        answer = denoiser.predict(student.train(not dropout), x, t, denoiser.placeholder(len(x)))
+        answer = denoiser.answer(student.train(not dropout), noised)
     (scale * answer.float().square().mean()).backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad.detach() for name, p in student.named_parameters() if p.grad is not None}
     student.train().zero_grad(set_to_none=True)
     return found
+
+
+def _noise(denoiser: Denoiser, count: int, device: torch.device) -> Noised:
+    """Samples and conditions that are nothing but noise; of a condition in whole numbers, as a class, the placeholder.
+
+    Where a text is all zeros, so are the gradients of what reads it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn((count, *denoiser.sample_shape), generator=draw).to(device)
+    given = {name: value.to(device) for name, value in denoiser.placeholder(count).items()}
+    condition = {
+        name: torch.randn(value.shape, generator=draw).to(value) if value.is_floating_point() else value
+        for name, value in given.items()
+    }
+    return Noised(x, torch.arange(count, device=device) % denoiser.num_train_timesteps, x, condition)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.lora import Bare
 from deme_diffusion.models.projection import Projected
 from deme_diffusion.weights import State
 
@@ -19,6 +20,8 @@ def teaching(denoiser: Denoiser, job: Job) -> AbstractContextManager[nn.Module |
     """The teacher while a job is trained; None where nothing is to be consistent with it."""
     if not job.consistency_weight:
         return nullcontext(None)
+    if job.lora is not None:  # the very weights that the student's adapters are in
+        return nullcontext(Bare(denoiser.module))
     return denoiser.teacher(job.teacher_precision) if job.teacher == "frozen" else _averaged(denoiser, job)
 
 

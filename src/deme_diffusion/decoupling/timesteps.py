@@ -27,24 +27,18 @@ def draw_timesteps(
     """(count,) timesteps: from the expert's own subset with probability 1 - p, from all of [0, T) with p.
 
     One coin a sample, keyed by (seed, step, global sample index); or with `batch`, the samples of a micro-batch over
-    all processes, one coin for each of those. `antithetic`: the global samples 2k and 2k+1 are a pair, at t and at
-    its mirror image (`mirrored`). A sample's timestep never depends on how many processes there are.
+    all processes, one coin for each of those. `antithetic`: the global samples 2k and 2k+1 are a pair, at u and 1 - u
+    of the distribution of t; where that is uniform on [lo, hi), at t and lo + hi - 1 - t. A sample's timestep never
+    depends on how many processes there are.
     """
     everywhere = np.arange(denoiser.num_train_timesteps)
     u, coin = (_pairwise if antithetic else _each)(seed, step, first, count)
     if batch is not None:
         coin = _coins_of_batches(seed, step, first, count, batch)
-    globally, own = denoiser.timesteps(everywhere, u), denoiser.timesteps(subset, u)
     if antithetic:
         second = np.arange(first, first + count) % 2 == 1
-        globally = np.where(second, mirrored(globally, everywhere), globally)
-        own = np.where(second, mirrored(own, subset), own)
-    return np.where(coin < global_prob, globally, own)
-
-
-def mirrored(t: Timesteps, subset: Timesteps) -> Timesteps:
-    """The mirror image of each t in the subset's rank: lo + hi - 1 - t where the (sorted) subset is [lo, hi)."""
-    return subset[len(subset) - 1 - np.searchsorted(subset, t)]
+        u = np.where(second, np.nextafter(1 - u, 0), u)
+    return np.where(coin < global_prob, denoiser.timesteps(everywhere, u), denoiser.timesteps(subset, u))
 
 
 def _each(seed: int, step: int, first: int, count: int) -> tuple[Uniforms, Uniforms]:

@@ -25,7 +25,6 @@ from deme_diffusion.decoupling import checkpoint as checkpoints
 from deme_diffusion.decoupling.agree import all_allow, any_of, from_main, gathered
 from deme_diffusion.decoupling.ema import Ema
 from deme_diffusion.decoupling.gradients import accumulated
-from deme_diffusion.decoupling.initial import started
 from deme_diffusion.decoupling.journal import Journal
 from deme_diffusion.decoupling.memory import check_memory
 from deme_diffusion.decoupling.multi_task import multi_task
@@ -34,14 +33,14 @@ from deme_diffusion.decoupling.result import best_file, drop_older_bests, write_
 from deme_diffusion.decoupling.setup import learning_rates, make_accelerator, make_optimizer
 from deme_diffusion.decoupling.signals import stop_signals
 from deme_diffusion.decoupling.step import Combine, Job, StepLosses, TrainStep, total
-from deme_diffusion.decoupling.switches import check_compiled, checkpoint_gradients, forget_compiled, laid_out, switched
+from deme_diffusion.decoupling.student import borrowed, state_of, student_of
+from deme_diffusion.decoupling.switches import check_compiled, laid_out, switched
 from deme_diffusion.decoupling.teacher import Averaged, teaching
 from deme_diffusion.decoupling.waiting import Waited
 from deme_diffusion.division import names_of, reported, whole
 from deme_diffusion.errors import Interrupted, MachineError
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.objective import FixedNoise
-from deme_diffusion.models.projection import Projected
 from deme_diffusion.weights import save_state
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def train(
     MachineError at a non-finite loss (before the step; the last checkpoint stays), and UserError before the first
     step where the memory will not do.
     """
-    with switched(runtime, allow_tf32=job.settings.allow_tf32):
+    with switched(runtime, allow_tf32=job.settings.allow_tf32), borrowed(denoiser, job, runtime):
         return _train(denoiser, images, job, folder, runtime, validation, preview, combine)
 
 
@@ -85,7 +84,7 @@ def _train(
     accelerator = make_accelerator(job, runtime.device)
     main, processes = accelerator.is_main_process, accelerator.num_processes
     all_allow(accelerator, lambda: check_memory(denoiser, job, runtime, accelerator.device, processes))
-    unwrapped = Projected(_component(denoiser, job, runtime), job.projection, job.projection_axes)
+    unwrapped = student_of(denoiser, job, runtime)
     unwrapped.to(accelerator.device).train()
     if runtime.compile:
         check_compiled(denoiser, unwrapped, settings)
@@ -108,7 +107,8 @@ def _train(
     names = names_of(ranges)
 
     with teaching(denoiser, job) as teacher, stop_signals() as stop:
-        teacher = None if teacher is None else laid_out(teacher.to(accelerator.device), runtime)
+        if teacher is not None and job.lora is None:  # else it is the student without its adapters
+            teacher = laid_out(teacher.to(accelerator.device), runtime)
         renewed = Averaged(denoiser, teacher, ema, job.teacher_update_steps) \
             if teacher is not None and ema is not None and job.teacher == "ema" else None  # fmt: skip
 
@@ -174,7 +174,7 @@ def _train(
                     progress.stale_validations = from_main(accelerator, progress.stale_validations)
                 if main and preview is not None and _every(runtime.preview_steps, progress.step):
                     with ema.weights() if ema else nullcontext():
-                        preview(unwrapped.eval(), folder / "previews" / f"{progress.step:08d}.png")
+                        preview(unwrapped.component.eval(), folder / "previews" / f"{progress.step:08d}.png")
                         unwrapped.train()
                 if main and (progress.step % runtime.logging_steps == 0 or last):
                     waited.tell()
@@ -192,17 +192,9 @@ def _train(
     speed = seen / (time.perf_counter() - started)
     results = {"steps": progress.step, "updates": progress.updates, "images_per_second": round(speed, 1),
                "waiting": round(waited.share, 4)}  # fmt: skip
-    return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder)} if main else results
-
-
-def _component(denoiser: Denoiser, job: Job, runtime: RuntimeSettings) -> nn.Module:
-    """The component that a student trains."""
-    if runtime.compile:
-        forget_compiled()
-    component = laid_out(started(denoiser, job.start), runtime)
-    if runtime.gradient_checkpointing:
-        checkpoint_gradients(component)
-    return component
+    if not main:
+        return results
+    return {**results, **write_result(denoiser, unwrapped, ema, progress, settings.keep, folder, job.lora)}
 
 
 def _update(
@@ -252,7 +244,7 @@ def _validate(
     if criterion < progress.best_loss:
         progress.best_loss, progress.best_step, progress.stale_validations = criterion, progress.step, 0
         if job.settings.keep == "best":
-            save_state(best_file(work, progress.step), student.state_dict())
+            save_state(best_file(work, progress.step), state_of(student))
     else:
         progress.stale_validations += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from deme_diffusion.data.captions import Counted, refusal, unlisted
 from deme_diffusion.data.index import SUMMARY, Indexed, Summary, scan
 from deme_diffusion.data.sources import Digits, Pixels
 from deme_diffusion.data.table import Table
@@ -13,6 +14,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.pipeline import preflight
 from deme_diffusion.pipeline.images import check_enough, check_fit
 from deme_diffusion.pipeline.inputs import NO_SIZE, component_of
+from deme_diffusion.pipeline.needs import model_cost
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run
 from deme_diffusion.weight_files import read_json
@@ -28,6 +30,11 @@ def findings(run: Run) -> Iterator[Finding]:
         digits = Digits()
         yield Finding("ok", "data", f"{len(digits)} embedded digits, 8x8 grey")
         yield from _suited(run, digits.pixels(0), 0, len(digits))
+        if run.recipe.model.takes == "text":
+            told = Counted()
+            for i in range(len(digits)):
+                told.add(i, digits.captions(i))
+            yield _captioned(run, told.as_dict())
         return
     node = run.graph.data
     assert isinstance(node, Node), "all but the embedded images are indexed"
@@ -44,6 +51,8 @@ def _of_index(run: Run, node: Node) -> Iterator[Finding]:
     summary = read_json(folder / SUMMARY)
     yield Finding("ok", "data", f"{summary['images']:,} images, indexed already in {folder}")
     yield from _described(run, summary)
+    if run.recipe.model.takes == "text":
+        yield _captioned(run, summary["captions"])
     source = Indexed(run.recipe.data, folder, run.graph.source.commit)
     readable = [i for i, split in enumerate(source.split) if split >= 0]
     pixels = source.pixels(readable[0])
@@ -54,8 +63,12 @@ def _of_index(run: Run, node: Node) -> Iterator[Finding]:
 def _of_scan(run: Run) -> Iterator[Finding]:
     settings, summary, unlabelled = run.recipe.data, Summary(), 0
     pixels: Pixels | None = None
-    for row in scan(Table(settings), settings):
+    told, captioned = Counted(), run.recipe.model.takes == "text"
+    left = unlisted(settings) if settings.source == "folder" else []
+    for row in scan(Table(settings, captioned=captioned), settings):
         summary.add(row)
+        if row.split is not None:
+            told.add(row.index, row.captions)
         if row.pixels is not None:
             pixels = row.pixels if pixels is None else pixels
             unlabelled += row.label is None or (isinstance(row.label, int) and row.label < 0)
@@ -71,7 +84,12 @@ def _of_scan(run: Run) -> Iterator[Finding]:
     if broken:
         share = len(summary.corrupt) / summary.images
         yield Finding("warning", "unreadable", f"{len(summary.corrupt)} images ({share:.2%}) would be skipped", broken)
+    if left:
+        said = f"{len(left):,} images have no line in metadata.jsonl, and would be left out"
+        yield Finding("warning", "unlisted", said, tuple(left[:MOST_LISTED]))
     yield from _described(run, summary.as_dict())
+    if captioned:
+        yield _captioned(run, told.as_dict())
     yield from _fit(run, summary.shapes.most_common(1)[0][0])
     assert pixels is not None, "some can be read, or the summary is refused"
     yield from _suited(run, pixels, unlabelled, summary.images - len(summary.corrupt))
@@ -92,6 +110,19 @@ def _described(run: Run, summary: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("warning", "splits", f"{said}: distances over fewer than {FEW:,} images are very rough")
     else:
         yield Finding("ok", "splits", said)
+
+
+def _captioned(run: Run, told: dict[str, Any]) -> Finding:
+    """How many captions there are, how long, and whether some images have none."""
+    said = f"{told['captions']:,}, of which {told['distinct']:,} differ"
+    if told["captions"]:
+        said += f"; {told['mean_length']:g} characters on average, {told['longest']:,} at most"
+    named = [f"number {i}" for i in told["first_missing"]]
+    if refused := refusal(named, told["missing"], told["images"], run.recipe.data):
+        return Finding("problem", "captions", refused.removeprefix("data: "))
+    if told["missing"]:
+        return Finding("warning", "captions", f"{said}; {told['missing']:,} images have none, and train without text")
+    return Finding("ok", "captions", said)
 
 
 def _fit(run: Run, pixels: tuple[int, ...]) -> Iterator[Finding]:
@@ -128,8 +159,14 @@ def _suited(run: Run, pixels: Pixels, unlabelled: int, images: int) -> Iterator[
 
 
 def _model_shape(run: Run) -> tuple[int, int, int] | None:
-    """(c, h, w) of the base's samples; None before it is downloaded."""
+    """(c, h, w) of the base's images; None before it is downloaded."""
     base = run.graph.base
+    if run.recipe.model.latent:
+        cost = model_cost(run.graph)
+        if cost is None or cost.encoders is None:
+            return None
+        channels, height, width = cost.encoders.image
+        return channels, height, width
     if isinstance(base, Node):
         unet = run.recipe.pretrain.unet
         return unet.in_channels, unet.sample_size, unet.sample_size

@@ -77,6 +77,12 @@ def wanted(recipe: Recipe) -> Iterator[Finding]:
 
     if recipe.extractor.kind == "transformers":
         yield _extra("transformers", "features", "extractor.kind=transformers")
+    if recipe.model.takes == "text":
+        yield _extra("transformers", "text", f"model.family={recipe.model.family}")
+    elif recipe.evaluate.clip_score:
+        yield _extra("transformers", "text", "evaluate.clip_score")
+    if recipe.decouple.lora_rank is not None:
+        yield _extra("peft", "text", "decouple.lora_rank")
     sections = ["decouple"] if recipe.model.pretrained is not None else ["pretrain", "decouple"]
     for key, error in preflight.settings_problems(recipe, sections):
         yield Finding("problem", key, str(error).removeprefix(f"{key}: "))

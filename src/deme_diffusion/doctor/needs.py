@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from deme_diffusion.config import ModelSettings
 from deme_diffusion.decoupling.memory import altogether, free_memory
 from deme_diffusion.doctor.finding import Finding
 from deme_diffusion.errors import UserError
@@ -16,7 +18,9 @@ from deme_diffusion.models.devices import device_of
 from deme_diffusion.models.families import family
 from deme_diffusion.pipeline.estimate import plan
 from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.pipeline.needs import model_cost
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.pipeline.space import BYTES
 from deme_diffusion.pipeline.stages import job_of
 
 TRAININGS = ("pretrain", "decouple")
@@ -39,7 +43,12 @@ def findings(run: Run) -> Iterator[Finding]:
     device = device_of(run.recipe.runtime.device)
     free = free_memory(device)
     memory = dict(planned["memory_bytes"] or {})
-    if (training := training_memory(run, device)) is not None:
+    try:
+        training = training_memory(run, device)
+    except UserError as error:
+        yield Finding("problem", "model", str(error))
+        return
+    if training is not None:
         memory["training"] = training
     for kind, needed in memory.items():
         if free is not None and needed:
@@ -58,7 +67,7 @@ def training_memory(run: Run, device: torch.device) -> int | None:
 
 
 def _base(run: Run) -> Denoiser | None:
-    """The base, or one of its shape where it is to be trained."""
+    """The base, or one of its shape where it is to be trained; None where it is not here, or too large to open."""
     base, recipe = run.graph.base, run.recipe
     if isinstance(base, Input):
         folder = base.path
@@ -66,10 +75,28 @@ def _base(run: Run) -> Denoiser | None:
         return DDPM.from_scratch(recipe.pretrain, out_seed=0)
     else:
         folder = run.store.folder(base.key)
-    try:
-        return None if folder is None else family(recipe.model.family).load(folder)
-    except UserError:  # which the checks of model and data tell
+    if folder is None or not _opens(run):
         return None
+    try:
+        return _opened(recipe.model, folder)
+    except UserError:
+        if recipe.model.latent:  # of others the checks of model and data tell
+            raise
+        return None
+
+
+def _opened(settings: ModelSettings, folder: Path) -> Denoiser:
+    dtype = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
+    found = family(settings.family).load(folder, dtype)
+    found.configure(settings)
+    return found
+
+
+def _opens(run: Run) -> bool:
+    """Whether the base takes no more than half of what is free: the doctor opens it beside whatever else runs."""
+    cost, free = model_cost(run.graph), free_memory(torch.device("cpu"))
+    held = 0 if cost is None else BYTES[run.recipe.model.dtype] * cost.parameters
+    return free is None or held <= free / 2
 
 
 def compared(topic: str, needed: float, free: float, where: str) -> Finding:

@@ -18,6 +18,7 @@ from deme_diffusion.files import write_bytes, write_json, write_npy
 
 Format = Literal["png", "npy"]
 Pixels = npt.NDArray[np.uint8]
+Prompt = str | int | None
 PROTOCOL, SEEDS, IMAGES, GRID = "protocol.json", "seeds.json", "images.npy", "grid.png"
 CURSOR = ".sampled.json"
 """How many images of an array are done; hidden, so that what is done with the folder does not see it."""
@@ -98,13 +99,32 @@ class ImageFolder:
                     f"{_said(value)} here); give another folder"
                 )
 
-    def begin(self, seeds: Sequence[int]) -> None:
-        """Check, and note what the images are, before the first of them is written."""
+    def begin(self, seeds: Sequence[int], prompts: Sequence[Prompt] | None = None) -> None:
+        """Check, and note what the images are, before the first of them is written; what each is asked for by too.
+
+        Raises UserError where the image of a seed is there, asked for by something else.
+        """
         self.check(seeds)
-        known = list(seeds) if self.format == "npy" else sorted({*_read_seeds(self._there()), *seeds})
-        write_json(self.path / PROTOCOL, {"format": self.format, **self.protocol, "seeds": short(known)})
+        there = self._there()
+        known = list(seeds) if self.format == "npy" else sorted({*_read_seeds(there), *seeds})
+        noted = {} if prompts is None else {"prompts": self._prompts(there, seeds, prompts)}
+        write_json(self.path / PROTOCOL, {"format": self.format, **self.protocol, "seeds": short(known), **noted})
         if self.format == "npy":
             write_json(self.path / SEEDS, list(seeds))
+
+    def _prompts(
+        self, there: dict[str, Any] | None, seeds: Sequence[int], prompts: Sequence[Prompt]
+    ) -> dict[str, Prompt]:
+        """Seed -> prompt, of those that are there and those that come."""
+        known: dict[str, Prompt] = dict((there or {}).get("prompts") or {}) if self.format == "png" else {}
+        for seed, prompt in zip(seeds, prompts, strict=True):
+            before = known.setdefault(str(seed), prompt)
+            if before != prompt:
+                raise UserError(
+                    f"--images {self.path}: the image of seed {seed} is there, asked for by {_said(before)}, "
+                    f"here by {_said(prompt)}; give another folder"
+                )
+        return known
 
     def file(self, seed: int) -> Path:
         """The PNG of a seed."""

@@ -24,6 +24,7 @@ from deme_diffusion.data.splits import Split
 from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Condition, Denoiser, Noised, on_device
+from deme_diffusion.models.precision import computes_in
 from deme_diffusion.rng import image_at, normals, uniforms
 from deme_diffusion.weight_files import FISHER_METADATA, PROJECTION_KEY
 from deme_diffusion.weights import State, load_state, save_state
@@ -108,6 +109,7 @@ def squared_gradients(denoiser: Denoiser, module: nn.Module, noised: Noised) -> 
     """Key -> sum over the samples of (grad of 1/2 || target - eps_theta(x_t, t) ||^2)^2, shaped as the parameter."""
     names = _names(module)
     tensors = {name: tensor.detach() for name, tensor in _tensors(module) if name in names}
+    noised = noised.as_type(computes_in(module))
 
     def loss(
         tensors: State, x_t: torch.Tensor, t: torch.Tensor, target: torch.Tensor, condition: Condition

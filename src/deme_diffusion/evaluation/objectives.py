@@ -23,7 +23,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.extractors.base import Extractor
 from deme_diffusion.evaluation.features import extract_real, features_of
 from deme_diffusion.evaluation.metrics import frechet_distance, statistics
-from deme_diffusion.evaluation.sample import sample_pixels
+from deme_diffusion.evaluation.sample import Prompts, sample_pixels
 from deme_diffusion.models.denoiser import Denoiser, Noised
 from deme_diffusion.models.objective import FixedNoise, Held, denoising_loss
 from deme_diffusion.rng import generator
@@ -63,7 +63,7 @@ def refuse_report(split: Held) -> None:
 
 @dataclass
 class FrechetObjective:
-    """FD between images sampled with common seeds and the search split."""
+    """FD between images sampled with common seeds, and prompts of the search split, and that split."""
 
     denoiser: Denoiser
     materialise: Materialise
@@ -73,6 +73,7 @@ class FrechetObjective:
     seed: int
     num_images: int
     batch_size: int = 256
+    prompts: Prompts = None
 
     def __post_init__(self) -> None:
         refuse_report(self.split)
@@ -87,6 +88,7 @@ class FrechetObjective:
             seed=self.seed,
             count=self.num_images,
             batch_size=self.batch_size,
+            prompts=self.prompts,
         )
         return frechet_distance(statistics(features_of(pixels, self.extractor)), self.reference)
 
@@ -150,10 +152,7 @@ class FixedNoiseObjective:
         for runs, weight in zip(self.noise.ranges, self._range_weights, strict=True):
             share = weight / points
             for noised in self.noise.batches(runs, device):
-                predict = [
-                    self.noise.denoiser.predict(module, noised.x_t, noised.t, noised.condition).double().flatten()
-                    for module in modules
-                ]
+                predict = [self.noise.denoiser.answer(module, noised).double().flatten() for module in modules]
                 changes = (torch.stack(predict[1:]) - predict[0]) / step
                 a += share * (changes @ changes.T).cpu().numpy()
                 b += share * (changes @ (noised.target.double().flatten() - predict[0])).cpu().numpy()
@@ -171,7 +170,7 @@ class FixedNoiseObjective:
         module, tensors = self.derivative.prepare(weights)
         total, sums = 0.0, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         for noised, share in self._chunks(step, next(self.base.parameters()).device):
-            prediction = self.noise.denoiser.predict(module, noised.x_t, noised.t, noised.condition)
+            prediction = self.noise.denoiser.answer(module, noised)
             losses = denoising_loss(prediction, noised.target)
             loss = (losses * share.to(losses.device, losses.dtype)).sum()
             found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
@@ -237,7 +236,7 @@ class FixedNoiseObjective:
         """What the mean loss of a range counts."""
         if self.relative:
             return [1 / (len(self._base_losses) * loss) for loss in self._base_losses]
-        sizes = [len(from_runs(runs)) for runs in self.noise.ranges]
+        sizes = [self.noise.denoiser.mass(from_runs(runs)) for runs in self.noise.ranges]
         return [size / sum(sizes) for size in sizes]
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from torch import nn
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import to_pixels
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation.samplers import check_sampler
+from deme_diffusion.evaluation.conditional import Seen, generated, refusals, unseen
+from deme_diffusion.evaluation.reducing import reduced_to, size_at
+from deme_diffusion.evaluation.samplers import check_sampler, sampler_options
 from deme_diffusion.files import explained, write_json
-from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.denoiser import Denoiser, Prompt
 from deme_diffusion.rng import seed_of
 
 IMAGES, CURSOR = "images.npy", "work/sampled.json"
-Seen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Looks at one step of a sampler: t (), what the model gets at t, and what it predicts (both (b, c, h, w))."""
+Prompts = Sequence[Prompt] | None
+"""What each image is asked for by; None where the model takes nothing."""
 
 
 def image_seeds(seed: int, first: int, count: int) -> list[int]:
@@ -37,20 +38,16 @@ def make_scheduler(denoiser: Denoiser, settings: SamplerSettings) -> Any:
     """A fresh sampler on the checkpoint's own noise schedule. UserError for one that cannot be had, or not so."""
     import diffusers
 
-    check_sampler(settings, denoiser.num_train_timesteps, key="sampler")
-    options: dict[str, Any] = {}
-    if settings.timestep_spacing is not None:
-        options["timestep_spacing"] = settings.timestep_spacing
-    if settings.name == "DPMSolverSinglestepScheduler":
-        options["lower_order_final"] = True  # diffusers turns it on in any case, with a warning at every batch
-    with _refusals(settings):
+    family = getattr(denoiser, "family", "ddpm")
+    check_sampler(settings, denoiser.num_train_timesteps, key="sampler", family=family)
+    options = sampler_options(settings, denoiser.scheduler.config, family=family)
+    with refusals(settings):
         scheduler = getattr(diffusers, settings.name).from_config(denoiser.scheduler.config, **options)
-        scheduler.set_timesteps(settings.num_inference_steps)
+        shifted = getattr(scheduler.config, "use_dynamic_shifting", False)
+        # By the length of an image's sequence, which the pipeline knows: it sets them again.
+        mu = {"mu": 1.0} if shifted and "mu" in inspect.signature(scheduler.set_timesteps).parameters else {}
+        scheduler.set_timesteps(settings.num_inference_steps, **mu)
     return scheduler
-
-
-def unseen(t: torch.Tensor, x_t: torch.Tensor, prediction: torch.Tensor) -> None:
-    """Looks at nothing."""
 
 
 @torch.no_grad()
@@ -60,6 +57,7 @@ def sample(
     settings: SamplerSettings,
     seeds: Sequence[int],
     *,
+    prompts: Prompts = None,
     seen: Seen = unseen,
 ) -> torch.Tensor:
     """One batch (len(seeds), c, h, w) in [-1, 1]. The noise of an image depends on its seed alone.
@@ -67,8 +65,10 @@ def sample(
     The image of a seed is that of a stock pipeline in float32 with batch 1 and `torch.Generator().manual_seed(seed)`.
     """
     scheduler = make_scheduler(denoiser, settings)
-    device = next(module.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if denoiser.takes != "nothing":
+        return generated(denoiser, module, settings, scheduler, generators, prompts, seen)
+    device = next(module.parameters()).device
     noise = [torch.randn(denoiser.sample_shape, generator=generator) for generator in generators]
     x: torch.Tensor = torch.stack(noise).to(device) * scheduler.init_noise_sigma
     accepted = inspect.signature(scheduler.step).parameters
@@ -77,27 +77,33 @@ def sample(
         x_t = scheduler.scale_model_input(x, t)
         prediction = denoiser.predict(module, x_t, t.to(device), {})
         seen(t, x_t, prediction)
-        with _refusals(settings):
+        with refusals(settings):
             x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
 
 
-@contextmanager
-def _refusals(settings: SamplerSettings) -> Iterator[None]:
-    """A schedule or prediction type that a sampler of diffusers does not know, in one line."""
-    try:
-        yield
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(f"sampler: {settings.name} does not fit the model: {' '.join(str(error).split())}") from None
-
-
 def sample_pixels(
-    denoiser: Denoiser, module: nn.Module, settings: SamplerSettings, *, seed: int, count: int, batch_size: int
+    denoiser: Denoiser,
+    module: nn.Module,
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    prompts: Prompts = None,
 ) -> npt.NDArray[np.uint8]:
     """Exactly `count` images (count, h, w, c) in memory: what a search scores, and previews show."""
-    sizes = [(first, min(batch_size, count - first)) for first in range(0, count, batch_size)]
-    seeds = [image_seeds(seed, first, size) for first, size in sizes]
-    return np.concatenate([sample_batch(denoiser, module, settings, batch) for batch in seeds])
+    batches = []
+    for first in range(0, count, batch_size):
+        seeds = image_seeds(seed, first, min(batch_size, count - first))
+        asked = of_batch(prompts, first, len(seeds))
+        batches.append(sample_batch(denoiser, module, settings, seeds, prompts=asked))
+    return np.concatenate(batches)
+
+
+def of_batch(prompts: Prompts, first: int, count: int) -> Prompts:
+    """Those of the images first, first + 1, ..."""
+    return None if prompts is None else prompts[first : first + count]
 
 
 def sample_to(
@@ -109,11 +115,17 @@ def sample_to(
     seed: int,
     count: int,
     batch_size: int,
+    prompts: Prompts = None,
+    side: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Exactly `count` images into `folder/images.npy` (uint8, (count, h, w, c)), going on after the last batch."""
+    """Exactly `count` images into `folder/images.npy` (uint8, (count, h, w, c)), going on after the last batch.
+
+    `side`: the shorter side of larger images is reduced to it (`evaluation.reducing`).
+    """
     seeds = image_seeds(seed, 0, count)
-    sample_seeds_to(folder, denoiser, module, settings, seeds, batch_size=batch_size, progress=progress)
+    options: dict[str, Any] = {"batch_size": batch_size, "side": side, "progress": progress}
+    sample_seeds_to(folder, denoiser, module, settings, seeds, prompts=prompts, **options)
 
 
 def sample_seeds_to(
@@ -124,13 +136,15 @@ def sample_seeds_to(
     seeds: Sequence[int],
     *,
     batch_size: int,
+    prompts: Prompts = None,
+    side: int | None = None,
     cursor_name: str = CURSOR,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """An image for each seed, in their order, into `folder/images.npy`, as `sample_to`."""
     path, cursor, count = folder / IMAGES, folder / cursor_name, len(seeds)
-    channels, height, width = denoiser.sample_shape
-    shape = (count, height, width, channels)
+    channels, *size = denoiser.image_shape
+    shape = (count, *size_at(tuple(size), side), channels)
     done = _resume_at(path, cursor, shape)
     images = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
     with explained("write", path), path.open("r+b") as file:
@@ -138,8 +152,9 @@ def sample_seeds_to(
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for first in range(done, count, batch_size):
-        batch = sample_batch(denoiser, module, settings, seeds[first : first + batch_size])
-        images[first : first + len(batch)] = batch
+        asked = of_batch(prompts, first, batch_size)
+        batch = sample_batch(denoiser, module, settings, seeds[first : first + batch_size], prompts=asked)
+        images[first : first + len(batch)] = reduced_to(batch, side)
         images.flush()
         write_json(cursor, {"done": first + len(batch)})
         progress(first + len(batch))
@@ -151,10 +166,11 @@ def sample_batch(
     settings: SamplerSettings,
     seeds: Sequence[int],
     *,
+    prompts: Prompts = None,
     seen: Seen = unseen,
 ) -> npt.NDArray[np.uint8]:
     """One batch of images (len(seeds), h, w, c). UserError where one is not finite."""
-    batch = sample(denoiser, module, settings, seeds, seen=seen)
+    batch = sample(denoiser, module, settings, seeds, prompts=prompts, seen=seen)
     if not torch.isfinite(batch).all():
         raise UserError(f"{settings.label}: the model samples non-finite images; look at its training or weights")
     return to_pixels(batch)

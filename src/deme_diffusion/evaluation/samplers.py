@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from deme_diffusion.config import SamplerSettings
+from deme_diffusion.config import FLOW, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.schedule import FLOW_PREDICTION, flow_shift, is_flow
 
 UNUSABLE = {
     "EDMEulerScheduler": "its noise levels and scalings are those of EDM models, not a schedule of betas",
@@ -18,31 +22,91 @@ UNUSABLE = {
 PNDM_STEPS = 4
 
 
-def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str) -> None:
-    """Raises UserError for a sampler that diffusers does not have, settings that it would ignore, too many steps."""
+OF_FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""For flow matching alone; others solve both, with flow sigmas or without."""
+GIVES_MU = "flux"
+"""The family whose stock pipeline tells every scheduler a shift by the size of images."""
+
+
+def check_sampler(sampler: SamplerSettings, num_timesteps: int, *, key: str, family: str | None = None) -> None:
+    """Raises UserError for a sampler that diffusers does not have, settings that it would ignore, too many steps.
+
+    `family` None: a sampler of either kind, for a schedule of betas or for flow matching.
+    """
     name, steps = sampler.name, sampler.num_inference_steps
-    if name not in names():
-        raise UserError(f"{key}: {name!r} is no sampler of diffusers for discrete schedules{_hint(name)}")
-    if name in UNUSABLE:
-        raise UserError(f"{key}: {name} cannot be used: {UNUSABLE[name]}")
+    _check_name(name, key, family)
+    flow = name in OF_FLOWS or family in FLOW
     if steps > num_timesteps:
         raise UserError(f"{key}: {steps} steps of {name}, but the model has {num_timesteps} timesteps")
     if sampler.eta and "eta" not in parameters(name, "step"):
-        raise UserError(f"{key}: {name} has no eta, given as {sampler.eta:g}; leave it 0, or take DDIMScheduler")
+        instead = "" if flow else ", or take DDIMScheduler"
+        raise UserError(f"{key}: {name} has no eta, given as {sampler.eta:g}; leave it 0{instead}")
     options, spacing = parameters(name, "__init__"), sampler.timestep_spacing
-    if spacing and "timestep_spacing" not in options:
-        raise UserError(f"{key}: {name} has no timestep_spacing, given as {spacing}; leave it null")
-    if "solver_order" in options and spacing != "trailing" and steps == num_timesteps:
+    if spacing and (flow or "timestep_spacing" not in options):
+        reason = "spaces its steps by sigmas" if flow else "has no timestep_spacing"
+        raise UserError(f"{key}: {name} {reason}, given timestep_spacing={spacing}; leave it null")
+    if "solver_order" in options and spacing != "trailing" and steps == num_timesteps and not flow:
         # diffusers rounds the steps onto the timesteps, two of them onto one, and a multistep solver divides by 0.
         raise UserError(f"{key}: {steps} steps of {name}, which takes at most {steps - 1} of {num_timesteps} timesteps")
     if name == "PNDMScheduler" and steps < PNDM_STEPS:
         raise UserError(f"{key}: {steps} steps of {name}, which begins with Runge-Kutta and takes {PNDM_STEPS} or more")
 
 
-def _hint(name: str) -> str:
+def _check_name(name: str, key: str, family: str | None) -> None:
+    known = flow_names() if family in FLOW else names() if family else (*names(), *OF_FLOWS)
+    if name in UNUSABLE:
+        raise UserError(f"{key}: {name} cannot be used: {UNUSABLE[name]}")
+    if name in known:
+        return
+    if family in FLOW and name in names():
+        near = OF_FLOWS["Heun" in name]
+        raise UserError(f"{key}: {name} samples on a schedule of betas, and family {family} matches flows; take {near}")
+    if name in OF_FLOWS:
+        near = name.removeprefix("FlowMatch")
+        raise UserError(f"{key}: {name} is for flow matching, and family {family} has a schedule of betas; take {near}")
+    kind = "flow matching" if family in FLOW else "discrete schedules"
+    raise UserError(f"{key}: {name!r} is no sampler of diffusers for {kind}{_hint(name, known)}")
+
+
+def sampler_options(
+    sampler: SamplerSettings, config: Mapping[str, Any], *, key: str = "sampler", family: str | None = None
+) -> dict[str, Any]:
+    """What `from_config` of a sampler's class must be told beside the checkpoint's scheduler config.
+
+    Raises UserError for one that cannot step on that schedule.
+    """
+    name, options = sampler.name, dict[str, Any]()
+    if sampler.timestep_spacing is not None:
+        options["timestep_spacing"] = sampler.timestep_spacing
+    if name == "DPMSolverSinglestepScheduler":
+        options["lower_order_final"] = True  # diffusers turns it on in any case, with a warning at every batch
+    return options | (_flow_options(name, config, key, family) if is_flow(config) else {})
+
+
+def _flow_options(name: str, config: Mapping[str, Any], key: str, family: str | None) -> dict[str, Any]:
+    own, sized = parameters(name, "__init__"), bool(config.get("use_dynamic_shifting", False))
+    # The stock pipeline passes mu, which these assert to be meant, or do not know.
+    if (sized or family == GIVES_MU) and "mu" not in parameters(name, "set_timesteps"):
+        raise UserError(f"{key}: {name} cannot shift its sigmas by the size of images; take {OF_FLOWS[0]}")
+    asserts = name not in OF_FLOWS and name != "UniPCMultistepScheduler"
+    if family == GIVES_MU and not sized and asserts:
+        raise UserError(f"{key}: {name} takes no fixed shift in the pipeline of {family}; take {OF_FLOWS[0]}")
+    if name in OF_FLOWS:
+        return {"shift": flow_shift(config)}
+    assert "use_flow_sigmas" in own, f"{name} was checked"
+    return {"use_flow_sigmas": True, "flow_shift": flow_shift(config), "prediction_type": FLOW_PREDICTION}
+
+
+def _hint(name: str, known: tuple[str, ...]) -> str:
     """The name that this one is the beginning of (`DDIM`), or the nearest one."""
-    begun = sorted((known for known in names() if known.lower().startswith(name.lower())), key=len)
-    return f"; did you mean {begun[0]!r}?" if name and begun else nearest(name, names())
+    begun = sorted((other for other in known if other.lower().startswith(name.lower())), key=len)
+    return f"; did you mean {begun[0]!r}?" if name and begun else nearest(name, known)
+
+
+@cache
+def flow_names() -> tuple[str, ...]:
+    """Samplers of flow matching: diffusers' own two, and the general solvers that take flow sigmas."""
+    return (*OF_FLOWS, *(name for name in names() if "use_flow_sigmas" in parameters(name, "__init__")))
 
 
 @cache
@@ -59,9 +123,10 @@ def names() -> tuple[str, ...]:
 def parameters(name: str, method: str) -> frozenset[str]:
     """Parameters of a method of a diffusers scheduler, read from its source."""
     for file in sorted(_schedulers().glob("scheduling_*.py")):
-        pattern = rf"^class {name}\(.*?^    def {method}\((.*?)^    \)"
-        if found := re.search(pattern, file.read_text(), re.MULTILINE | re.DOTALL):
-            return frozenset(re.findall(r"^        (\w+)", found[1], re.MULTILINE))
+        if f"\nclass {name}(" in (source := file.read_text()):
+            kinds = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+            found = (node for node in next(kinds).body if isinstance(node, ast.FunctionDef) and node.name == method)
+            return frozenset(arg.arg for node in found for arg in (*node.args.args, *node.args.kwonlyargs))
     return frozenset()
 
 

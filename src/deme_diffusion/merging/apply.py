@@ -66,13 +66,13 @@ class Merger(Parents):
     def source(self, key: str, weights: MergeWeights) -> tuple[Kept | None, Sequence[float]]:
         """Whose tensor a parameter is as it stands, or None and the weights by which it is merged."""
         kept, values = weights.kept(key), weights.at(key)
-        if kept is None and (not self._floating(key) or not any(values)):
+        if kept is None and (not self._floating(key) or not any(values) or not self.moved(key)):
             return "base", values  # or a buffer of indices or counts, which no task vector can move
         return kept, values
 
     def sliced(self, key: str) -> bool:
         """Whether the parameter may be merged in slices: nothing mixes its entries."""
-        return self.row.pointwise and not self.folding(key)
+        return self.row.pointwise and not self.folding(key) and self.lies_whole(key)
 
     # -- tensors -----------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class Merger(Parents):
                 if not finite(tensor):
                     raise UserError(f"{key}: the merged tensor would not be finite: NaN or infinity in {reader.path}")
         information = [reader.tensor(key).reshape(-1)[at].reshape(base.shape) for reader in self.fisher] or None
-        return self._call(key, base, experts, values, information, at.start or 0, thresholds).reshape(base.shape)
+        return self.method_on(key, base, experts, values, information, at.start or 0, thresholds).reshape(base.shape)
 
     def tensor(self, key: str, weights: Given, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One merged and folded parameter, in the base's dtype or `dtype`. Raises UserError when it is not finite."""
@@ -136,7 +136,7 @@ class Merger(Parents):
         same = all(torch.equal(base, own.tensor(key).double()) for own in self.experts)
         return same and not finite(base) and not self.folding(key)
 
-    def _call(
+    def method_on(
         self,
         name: str,
         base: torch.Tensor,
@@ -146,6 +146,7 @@ class Merger(Parents):
         first: int = 0,
         thresholds: Sequence[Thresholds] | None = None,
     ) -> torch.Tensor:
+        """The method itself on the tensors of one parameter, or of a slice of it."""
         parameter = Parameter(
             name,
             Weight(computable(base)),
@@ -174,7 +175,7 @@ class Merger(Parents):
             return torch.stack(acting).sum(0)  # Eq. 8 on a base of 0, in the order of sums that merged models have had
         zeros = torch.zeros_like(next(matrix for matrix in own if matrix is not None))
         experts = [zeros if matrix is None else matrix for matrix in own]
-        return self._call(f"{PROJECTION_KEY}{place}", zeros, experts, values, self._fisher_of(place, zeros))
+        return self.method_on(f"{PROJECTION_KEY}{place}", zeros, experts, values, self._fisher_of(place, zeros))
 
     def _fisher_of(self, place: str, like: torch.Tensor) -> Tensors | None:
         if not self.fisher:

@@ -72,7 +72,7 @@ class Differential:
         """(name by which it gets its weights, what computes its part of dL/dw) of every tensor with a gradient."""
         parts: list[tuple[str, Callable[[], list[float]]]] = []
         for key in self.merger.keys():  # noqa: SIM118 - a merger is no mapping
-            if key in gradients and self.merger.base.dtype(key).is_floating_point:
+            if key in gradients and self.merger.base.dtype(key).is_floating_point and self.merger.moved(key):
                 parts.append((key, lambda key=key: self._of_weight(key, weights.at(key), gradients[key])))  # type: ignore[misc]
         for place in self.unfolded:
             given = gradients[projection.buffer_of(place)]
@@ -112,7 +112,7 @@ class Differential:
         if settings.granularity == "model":
             return Space(count, settings.bounds)
         sizes: dict[str, int] = {}
-        for key in self.merger.keys():  # noqa: SIM118
+        for key in filter(self.merger.moved, self.merger.keys()):  # of what stays the base's no weight is searched
             pattern = group_of(key, settings.granularity)
             sizes[pattern] = sizes.get(pattern, 0) + math.prod(self.merger.base.shape(key))
         # Of several patterns that match the last one counts: a module's own parameters, then those of what is in it.

@@ -10,6 +10,7 @@ import torch
 
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.information import Information, check_information
+from deme_diffusion.merging.lora_weights import LoraWeights, opened
 from deme_diffusion.merging.parents import check_config, check_model, check_same
 from deme_diffusion.merging.table import Method
 from deme_diffusion.models import projection
@@ -43,10 +44,13 @@ class Parents:
 
     def _open(self, base: Path, experts: Sequence[Path], fisher: Sequence[Path]) -> None:
         self.base = self._stack.enter_context(Weights(base))
-        self.experts = [self._stack.enter_context(Weights(path)) for path in experts]
-        for model in (self.base, *self.experts):
-            check_model(model, self.base)
+        check_model(self.base, self.base)
+        self.experts = [self._stack.enter_context(opened(path, self.base)) for path in experts]
         for expert in self.experts:
+            if isinstance(expert, LoraWeights):
+                self.notes += expert.lora.notes
+                continue
+            check_model(expert, self.base)
             check_same(self.base, expert)
             self.notes += check_config(base, expert.path)
             self._note_dtypes(expert)
@@ -84,6 +88,15 @@ class Parents:
     def folding(self, key: str) -> Sequence[str]:
         """The places whose D fold into a parameter, in the order in which they act."""
         return self._onto.get(key.rpartition(".")[0], ())
+
+    def moved(self, key: str) -> bool:
+        """Whether some expert may have another tensor than the base: not where all are LoRAs that leave it alone."""
+        loras = (isinstance(own, LoraWeights) and own.factors(key) is None for own in self.experts)
+        return not all(loras)
+
+    def lies_whole(self, key: str) -> bool:
+        """Whether every model's tensor lies in a file; of a LoRA's it is the product that does not."""
+        return not any(isinstance(own, LoraWeights) and own.factors(key) is not None for own in self.experts)
 
     def keys(self) -> list[str]:
         """Names of the parameters and buffers."""

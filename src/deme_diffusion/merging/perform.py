@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from pathlib import Path
 import torch
 
 from deme_diffusion.errors import UserError
-from deme_diffusion.files import Record, part_of
+from deme_diffusion.files import Record, building, part_of, require_space, write_text
+from deme_diffusion.lora_files import LORA_NAME, find_lora
 from deme_diffusion.merging import record
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.checkpoints import Place, locate
 from deme_diffusion.merging.estimate import spectral_cost
+from deme_diffusion.merging.lora import loras_of
+from deme_diffusion.merging.lora_write import readme, write_lora
 from deme_diffusion.merging.methods.spectral import estimated_seconds
 from deme_diffusion.merging.parents import of_pipelines
 from deme_diffusion.merging.request import Request
@@ -43,7 +47,10 @@ def opened(request: Request) -> Iterator[Opened]:
     if request.component and base.component is None:
         kind = "one file" if base.is_file else "a component's folder"
         raise UserError(f"component {request.component}: base {base.given} is {kind}, no pipeline; leave it out")
-    experts = [locate(path, base.component, what="expert") for path in request.experts]
+    experts = [
+        Place(path, path) if find_lora(path) else locate(path, base.component, what="expert")
+        for path in request.experts
+    ]
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     paths = [place.weights for place in experts]
     with Merger(base.weights, paths, request.method.name, request.options, request.fisher) as merger:
@@ -64,6 +71,8 @@ def planned(request: Request) -> Record:
     """What a merge would do, after every check that comes before its first byte. Raises UserError, MachineError."""
     with opened(request) as here:
         merger = here.merger
+        if request.lora:
+            return _planned_lora(here)
         files = planned_files(
             merger,
             request.weights,
@@ -90,6 +99,8 @@ def performed(request: Request) -> Record:
         _warn(here.merger.notes)
         if estimate := _estimate(here):
             log.info("%s: %s", request.method.name, told_estimate(estimate))
+        if request.lora:
+            return _performed_lora(here)
         merger, seen, told = here.merger, record.statistics_of(here.merger), Record()
         before = len(merger.notes)  # what a merge finds out comes after
 
@@ -121,6 +132,50 @@ def performed(request: Request) -> Record:
             link=request.link,
         )
         _warn(merger.notes[before:])
+    return told
+
+
+def _planned_lora(here: Opened) -> Record:
+    """What a merge of LoRAs into one would do."""
+    request, merger = here.request, here.merger
+    weights = merger.check(request.weights)
+    ranks = [max(own.rank for own in reader.lora.layers.values()) for reader in loras_of(merger)]
+    rank, names = request.lora_rank or sum(ranks), {n for reader in loras_of(merger) for n in reader.lora.layers}
+    sizes = [merger.base.shape(f"{name}.weight") for name in names]
+    size = (here.dtype or torch.float32).itemsize * sum(rank * (shape[0] + prod(shape[1:])) for shape in sizes)
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        raise UserError(f"{request.out}: exists already; give a name that is free, or an empty folder")
+    require_space(request.out, size)
+    return {
+        **record.asked(merger, weights, source=request.source, dtype=here.dtype),
+        "dtype": request.dtype or "float32",
+        "out": str(request.out),
+        "component": loras_of(merger)[0].lora.component,
+        "shards": {LORA_NAME: size},
+        "bytes": size,
+        "estimate": None,
+        "lora": {"layers": len(names), "rank": rank},
+        "notes": list(merger.notes),
+    }
+
+
+def _performed_lora(here: Opened) -> Record:
+    """Write LoRAs merged into one, with a record and how it is loaded."""
+    request, merger = here.request, here.merger
+    _planned_lora(here)
+    with building(Path(os.path.realpath(request.out))) as folder:
+        told = write_lora(
+            merger,
+            request.weights,
+            folder,
+            source=request.source,
+            rank=request.lora_rank,
+            dtype=here.dtype,
+            recipe={"options": record.options(merger)},
+            full_hash=request.full_hash,
+        )
+        record.write(folder, told)
+        write_text(folder / "README.md", readme(told, str(request.base)))
     return told
 
 

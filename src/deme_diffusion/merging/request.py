@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from deme_diffusion.config import MergeSettings, MethodOptions
 from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.lora_files import find_lora
 from deme_diffusion.merging.selection import Kept, MergeWeights
 from deme_diffusion.merging.table import Method, method
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS = (
     *("weights", "weights_for", "keep", "method", "component"),
-    *("dtype", "max_shard_size", "fisher", "full_hash", "link"),
+    *("dtype", "max_shard_size", "fisher", "full_hash", "link", "lora_rank", "fuse"),
 )
 """Beside a method's options: a misspelt name may mean one of them."""
 _SHORT = {"float16": ("fp16", "f16", "half"), "bfloat16": ("bf16",), "float32": ("fp32", "f32", "float", "full")}
@@ -46,6 +47,13 @@ class Request:
     fisher: tuple[Path, ...] = ()
     full_hash: bool = False
     link: bool = False
+    lora_rank: int | None = None
+    fuse: bool = False
+
+    @property
+    def lora(self) -> bool:
+        """Whether LoRAs are merged into one LoRA: all experts are such, and nothing asks for a whole model."""
+        return not self.fuse and all(find_lora(path) for path in self.experts)
 
 
 def requested(
@@ -64,6 +72,8 @@ def requested(
     fisher: Sequence[str | Path] = (),
     full_hash: bool = False,
     link: bool = False,
+    lora_rank: int | None = None,
+    fuse: bool = False,
 ) -> Request:
     """The request. Raises UserError for what cannot be merged so, whatever the checkpoints hold."""
     row, parents, files = method(method_name, key="method"), _paths("experts", experts), _paths("fisher", fisher)
@@ -79,6 +89,7 @@ def requested(
     kept = {pattern: _whose(who) for pattern, who in _mapping("keep", keep).items()}
     selection = MergeWeights(tuple(values), rules, kept).check_values(len(parents))
     _check_out(target, [start, *parents, *files])
+    _check_loras(parents, target, lora_rank, fuse, {"max_shard_size": max_shard_size, "link": link})
     return Request(
         start,
         tuple(parents),
@@ -93,7 +104,28 @@ def requested(
         tuple(files),
         full_hash,
         link,
+        lora_rank,
+        fuse,
     )
+
+
+def _check_loras(
+    experts: Sequence[Path], out: Path, rank: int | None, fuse: bool, whole: Mapping[str, object]
+) -> None:
+    """Raises UserError for what is said of LoRAs and of no other experts, or the other way round."""
+    loras = [path for path in experts if find_lora(path)]
+    name = "fuse" if fuse else "lora_rank"
+    if (fuse or rank is not None) and len(loras) < len(experts):
+        other = next(path for path in experts if path not in loras)
+        raise UserError(f"{name}: it is for LoRAs, and {other} is none; leave it out")
+    if rank is not None and (fuse or rank < 1):
+        why = "a whole model has no rank" if fuse else "a rank is 1 or more"
+        raise UserError(f"lora_rank: {rank}: {why}; leave {'one of lora_rank and fuse' if fuse else 'it'} out")
+    if loras and len(loras) == len(experts) and not fuse:
+        if said := [key for key, value in whole.items() if value]:
+            raise UserError(f"{said[0]}: LoRAs are merged into one LoRA, a small file; leave it out, or say fuse")
+        if out.suffix == ".safetensors":
+            raise UserError(f"out: {out}: a merged LoRA lies in a folder, with its record; give a folder")
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Statistics:
 
     def __init__(self, num_experts: int, num_entries: int) -> None:
         self.num_experts = num_experts
-        self._sampled = num_entries > WHOLE
+        self.sampled = num_entries > WHOLE
         self._groups: dict[str, Sums] = {}
         self._runs: dict[str, int] = {}
 
@@ -124,19 +124,23 @@ class Statistics:
         """A slice (or all) of one parameter: flat tensors in float32 or wider, the base's and the experts'."""
         if not base.numel():
             return
-        sums = self._groups.setdefault(group_of(key), Sums.zero(self.num_experts))
         runs = self._chosen(key, base.numel())
         theta, *others = (_at(tensor.reshape(-1), runs) for tensor in (base, *experts))
-        scale = base.numel() / theta.numel()
+        self.see_sample(key, theta, others, base.numel())
+
+    def see_sample(self, key: str, theta: torch.Tensor, others: Sequence[torch.Tensor], entries: int) -> None:
+        """Some entries, flat, of one parameter of `entries`: the base's and the experts'."""
+        sums = self._groups.setdefault(group_of(key), Sums.zero(self.num_experts))
+        scale = entries / theta.numel()
         for first in range(0, theta.numel(), PIECE):
             piece = slice(first, first + PIECE)
             rows = torch.stack([theta[piece], *(other[piece] - theta[piece] for other in others)])
             sums.add(rows.double(), scale)
-        sums.entries += base.numel()
+        sums.entries += entries
 
     def _chosen(self, key: str, size: int) -> list[int] | None:
         """Where the runs of a parameter's next slice begin, one in each period; None where all of it is looked at."""
-        if not self._sampled or size < BIG:
+        if not self.sampled or size < BIG:
             return None
         count, before = size // PERIOD, self._runs.get(key, 0)
         self._runs[key] = before + count

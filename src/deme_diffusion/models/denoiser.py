@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from deme_diffusion.config import ModelSettings
+from deme_diffusion.models.lora import parameters_of as adapter_parameters
+from deme_diffusion.models.precision import computes_in, held_in, widened
 from deme_diffusion.weights import state_digest
 
 Condition = dict[str, torch.Tensor]
@@ -36,6 +38,12 @@ class Noised:
     t: torch.Tensor
     target: torch.Tensor
     condition: Condition
+
+    def as_type(self, dtype: torch.dtype) -> Noised:
+        """With x_t and conditions as a module takes them that is held in `dtype`; classes stay whole numbers."""
+        condition = {key: value.to(dtype) if value.is_floating_point() else value
+                     for key, value in self.condition.items()}  # fmt: skip
+        return replace(self, x_t=self.x_t.to(dtype), condition=condition)
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
@@ -83,9 +91,18 @@ class Denoiser(ABC):
     def predict(self, module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The prediction (b, ...) of any module with the component's forward."""
 
+    def answer(self, module: nn.Module, noised: Noised) -> torch.Tensor:
+        """`predict` on a batch, in the type that the module is held in: `noised` is in float32, whatever that is."""
+        given = noised.as_type(computes_in(module))
+        return self.predict(module, given.x_t, given.t, given.condition)
+
     @abstractmethod
     def index(self, timestep: torch.Tensor) -> torch.Tensor:
         """What a forward gets as timestep -> the index 0..T-1 that divisions speak of (int64, same shape)."""
+
+    def index_of_step(self, timestep: torch.Tensor) -> torch.Tensor:
+        """What a scheduler lists among its timesteps -> the index: what a forward gets, in most pipelines."""
+        return self.index(timestep)
 
     @abstractmethod
     def snr(self) -> torch.Tensor:
@@ -127,8 +144,8 @@ class Denoiser(ABC):
         return len(subset) / self.num_train_timesteps
 
     def trainable(self, module: nn.Module) -> list[nn.Parameter]:
-        """The parameters that training changes: all of them here, the adapters' in a LoRA family."""
-        return list(module.parameters())
+        """The parameters that training changes: the adapters', where there are any in the module, else all of them."""
+        return adapter_parameters(module) or list(module.parameters())
 
     @contextmanager
     def teacher(self, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
@@ -137,7 +154,7 @@ class Denoiser(ABC):
         The copy stands in for the model, which waits in CPU memory. On leaving, the teacher's bits are checked to be
         the same.
         """
-        module = self.module if dtype is None else copy.deepcopy(self.module).to(dtype)
+        module = self.module if dtype is None else held_in(copy.deepcopy(self.module), dtype)
         module.requires_grad_(False).eval()
         before, device = state_digest(module.state_dict()), next(module.parameters()).device
         if module is not self.module:
@@ -153,5 +170,4 @@ class Denoiser(ABC):
 
         Double precision stays double, which tests compare in.
         """
-        student = copy.deepcopy(self.module).requires_grad_(True)
-        return student if next(student.parameters()).dtype == torch.float64 else student.float()
+        return widened(copy.deepcopy(self.module).requires_grad_(True))

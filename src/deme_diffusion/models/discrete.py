@@ -9,6 +9,7 @@ import torch
 
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.files import part_of
+from deme_diffusion.models.components import quiet
 from deme_diffusion.models.denoiser import Condition, Denoiser, Noised
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -37,15 +38,18 @@ class DiscreteDenoiser(Denoiser):
         return alphas / (1 - alphas)
 
 
-def discrete_scheduler(folder: Path, family: str) -> Any:
+def discrete_scheduler(folder: Path, family: str, *, unclipped: bool = False, **options: Any) -> Any:
     """A pipeline's noise schedule as the training process. Raises UserError where it is none of betas.
 
-    Any discrete scheduler's config carries the betas and the prediction type; DDPM is the training process.
+    Any discrete scheduler's config carries the betas and the prediction type; DDPM is the training process. `options`
+    override the config; `unclipped`: where it says nothing, samplers do not clip x_0, which is meant for pixels.
     """
     from diffusers import DDPMScheduler
 
-    scheduler: Any = DDPMScheduler.from_pretrained(part_of(folder, "scheduler"))
-    given = DDPMScheduler.load_config(part_of(folder, "scheduler"))
+    with quiet("diffusers"):
+        given = DDPMScheduler.load_config(part_of(folder, "scheduler"))
+        options |= {"clip_sample": False} if unclipped and "clip_sample" not in given else {}
+        scheduler: Any = DDPMScheduler.from_pretrained(part_of(folder, "scheduler"), **options)
     known = [compatible.__name__ for compatible in scheduler.compatibles]
     if given.get("_class_name") not in known and "beta_schedule" not in given:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from deme_diffusion.division import Division
+
+SHARED = ("txt_ids", "img_ids", "image_rotary_emb")
+"""Conditions without an axis of samples, which may be as long as a batch by chance."""
 
 
 class RoutedEnsemble(nn.Module):
@@ -51,28 +55,42 @@ class RoutedEnsemble(nn.Module):
         wanted = {key: value for key, value in self._placed.items() if getattr(parameter, key, value) != value}
         return expert.to(**wanted) if wanted else expert  # diffusers comments on every change of dtype
 
-    def forward(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """The component's forward; `timestep` is a number, or a tensor of shape () or (b,)."""
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        owner = self.route[self._index(t)]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The component's forward; its timestep is a number, or a tensor of shape (), (b,) or (b, tokens)."""
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        place = None if "timestep" in kwargs else self._place_of_timestep()
+        timestep = kwargs["timestep"] if place is None else args[place]
+        assert sample is not None, "a component is asked about sample or hidden_states"
+        t = torch.as_tensor(timestep, device=sample.device)
+        # Of a video that begins with a given image, that image's tokens are asked about at 0: the noisiest decides.
+        each = (t.flatten(1).amax(1) if t.ndim > 1 else t).expand(len(sample))
+        owner = self.route[self._index(each)]
         experts = owner.unique().tolist()
         if len(experts) == 1:
-            return self.expert(experts[0])(sample, timestep, *args, **kwargs)
-        tuples = kwargs.pop("return_dict", True) is False
-        answer = torch.empty_like(sample)
+            return self.expert(experts[0])(*args, **kwargs)
+        t = t.expand(len(sample)) if t.ndim < 2 else t
+        if place is None:
+            kwargs = {**kwargs, "timestep": t}
+        else:
+            args = (*args[:place], t, *args[place + 1 :])
+        return self._mixed(owner, experts, args, kwargs)
+
+    def _mixed(self, owner: torch.Tensor, experts: Sequence[int], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The answer of each sample's expert, as the component gives it: its output object, or a tuple."""
+        answer: torch.Tensor | None = None
         for i in experts:
             mine = owner == i
-            rest = [_rows(value, mine) for value in args]
-            named = {key: _rows(value, mine) for key, value in kwargs.items()}
-            answer[mine] = self.expert(i)(sample[mine], t[mine], *rest, return_dict=False, **named)[0]
-        return (answer,) if tuples else type(self).output(answer)
+            found = self.expert(i)(*_rows(args, mine), **_rows(kwargs, mine))
+            rows = found[0]
+            answer = rows.new_empty((len(owner), *rows.shape[1:])) if answer is None else answer
+            answer[mine] = rows
+        return (answer,) if type(found) is tuple else type(found)(sample=answer)
 
-    @staticmethod
-    def output(sample: torch.Tensor) -> Any:
-        """diffusers' output object for a mixed batch."""
-        from diffusers.models.unets.unet_2d import UNet2DOutput
-
-        return UNet2DOutput(sample=sample)
+    def _place_of_timestep(self) -> int:
+        """Where a forward that is called without the keyword has it: second, if its names do not say."""
+        forward = next(reversed(self._experts.values())).forward
+        names = list(inspect.signature(forward).parameters)
+        return names.index("timestep") if "timestep" in names else 1
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedEnsemble:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -103,6 +121,12 @@ class RoutedEnsemble(nn.Module):
             return getattr(next(reversed(experts.values())), name)
 
 
-def _rows(value: Any, mine: torch.Tensor) -> Any:
-    """The rows of a condition that go with some samples; what is no tensor of a row a sample goes whole."""
-    return value[mine] if torch.is_tensor(value) and value.shape[:1] == mine.shape else value
+def _rows(value: Any, mine: torch.Tensor, name: str = "") -> Any:
+    """The rows of what goes with some samples, also within dicts, lists and tuples; what has no row a sample, whole."""
+    if isinstance(value, torch.Tensor):
+        return value[mine] if value.shape[:1] == mine.shape and name not in SHARED else value
+    if isinstance(value, dict):
+        return {key: _rows(item, mine, key) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_rows(item, mine) for item in value)
+    return value

@@ -13,16 +13,13 @@ from deme_diffusion.config import LossSettings
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.models.denoiser import Denoiser, Noised, on_device
+from deme_diffusion.models.precision import wide
 from deme_diffusion.rng import generator, normals
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """|| eps - eps_theta(x_t, t) ||^2 of each sample, as a mean over its elements: (b, ...) -> (b,). Eq. 2."""
-    return (_wide(prediction) - _wide(target)).square().flatten(1).mean(1)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return (wide(prediction) - wide(target)).square().flatten(1).mean(1)
 
 
 def consistency_loss(prediction: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -91,8 +88,5 @@ class FixedNoise:
 
     @torch.no_grad()
     def _points(self, module: nn.Module, batches: Iterator[Noised]) -> torch.Tensor:
-        losses = [
-            denoising_loss(self.denoiser.predict(module, noised.x_t, noised.t, noised.condition), noised.target)
-            for noised in batches
-        ]
+        losses = [denoising_loss(self.denoiser.answer(module, noised), noised.target) for noised in batches]
         return torch.cat(losses).double()

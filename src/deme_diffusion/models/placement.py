@@ -22,30 +22,62 @@ _LAST_CONVOLUTION = re.compile(r"resnets\.(\d+)\.conv2\.weight")
 
 
 def residual_places(module: nn.Module) -> list[str]:
-    """Names of the convolutions and linear layers that end a residual branch, or that resample all of a tensor."""
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.models.upsampling import Upsample2D
+    """Names of the convolutions and linear layers that end a residual branch, or that resample all of a tensor.
 
-    last = (
-        (ResnetBlock2D, "conv2"),
-        (Attention, "to_out.0"),
-        (Transformer2DModel, "proj_out"),
-        (Downsample2D, "conv"),
-        (Upsample2D, "conv"),
-    )
+    In a transformer those of both streams, image and text: what comes after them, a gate, scales channel by channel.
+    """
     places = [
-        f"{name}.{child}" for name, block in module.named_modules() for kind, child in last if isinstance(block, kind)
+        f"{name}.{child}"
+        for name, block in module.named_modules()
+        for kind, children in _ends_of_branches()
+        if isinstance(block, kind)
+        for child in children
     ]
     modules = dict(module.named_modules())
     return [place for place in places if isinstance(modules.get(place), nn.Conv2d | nn.Linear)]
 
 
+def _ends_of_branches() -> list[tuple[type[nn.Module], tuple[str, ...]]]:
+    """Class of a block -> names of the operations in it that end a branch."""
+    from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.transformers.transformer_flux import (
+        FluxAttention,
+        FluxSingleTransformerBlock,
+        FluxTransformerBlock,
+    )
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+    from diffusers.models.upsampling import Upsample2D
+
+    of_attention, of_both_streams = ("to_out.0", "to_add_out"), ("ff.net.2", "ff_context.net.2")
+    return [
+        (ResnetBlock2D, ("conv2",)),
+        (Attention, of_attention),
+        (FluxAttention, of_attention),
+        (WanAttention, of_attention),
+        (BasicTransformerBlock, ("ff.net.2",)),
+        (JointTransformerBlock, of_both_streams),
+        (FluxTransformerBlock, of_both_streams),
+        (FluxSingleTransformerBlock, ("proj_out",)),
+        (WanTransformerBlock, ("ffn.net.2",)),
+        (Transformer2DModel, ("proj_out",)),
+        (Downsample2D, ("conv",)),
+        (Upsample2D, ("conv",)),
+    ]
+
+
 def block_places(module: nn.Module) -> list[str]:
-    """The paper's: every down block, the mid block (where there is one) and every up block of a diffusers U-Net."""
+    """The paper's: every down block, the mid block (where there is one) and every up block of a diffusers U-Net.
+
+    Raises UserError for another network.
+    """
     places = [name for name, _ in module.named_modules() if BLOCK.fullmatch(name)]
+    if not places:
+        kind = type(module).__name__
+        raise UserError(f"decouple.projection: block is of U-Nets, and a {kind} is none; use residual or none")
     places.sort(key=lambda place: place.split(".")[0])  # down, mid, up, as in the forward
     shapes = shapes_of(module)
     for place in places:

@@ -95,6 +95,7 @@ class Analysing(Searching):
             self.recipe.analyze,
             names=names_of_experts(self.graph),
             batch_size=self.recipe.runtime.sample_batch_size,
+            prompts=self.asked_at(range(self.recipe.analyze.trajectory_images)),
         )
 
     # -- what they are made of ---------------------------------------------------------------------
@@ -105,11 +106,11 @@ class Analysing(Searching):
         return [experts[i] for i in sorted(experts)]
 
     def _loads(self, node: Node) -> Sequence[Load]:
-        return [lambda part=part: self.component(part) for part in self._parts(node)]  # type: ignore[misc]
+        return [lambda part=part: self.dense(part) for part in self._parts(node)]  # type: ignore[misc]
 
     def _merged_load(self, node: Node) -> Load | None:
         merged = node.parents.get("merged")
-        return None if merged is None else lambda: self.component(merged)
+        return None if merged is None else lambda: self.dense(merged)
 
     def _figure_noise(self, ranges: list[Runs]) -> FixedNoise:
         settings = self.recipe.analyze

@@ -14,13 +14,23 @@ from deme_diffusion.config import Recipe, TrainSettings
 from deme_diffusion.division import Division, uniform
 from deme_diffusion.divisions import DIVISIONS, Facts, Similarity
 from deme_diffusion.errors import UserError
+from deme_diffusion.evaluation.samplers import OF_FLOWS
 from deme_diffusion.files import part_of
 from deme_diffusion.pipeline.inputs import SCHEDULER, Input, timesteps_of
 from deme_diffusion.pipeline.node import SIMILARITY, Node
-from deme_diffusion.schedule import UNBOUNDED, check_weighting, signal_to_noise
+from deme_diffusion.schedule import (
+    UNBOUNDED,
+    check_weighting,
+    flow_sigmas,
+    in_sigma,
+    prediction_of,
+    signal_to_noise,
+)
 from deme_diffusion.similarity_file import read_similarity
 from deme_diffusion.weight_files import read_json
 
+MOST_RUNS = 3
+"""Of a subset that is told by its sigmas."""
 BY_GRADIENTS = "gradient_similarity"
 
 
@@ -71,7 +81,7 @@ def timesteps_in(recipe: Recipe, base: Node | Input) -> int:
 
 
 def snr_of(recipe: Recipe, base: Node | Input) -> npt.NDArray[np.float64]:
-    """(T,) SNR of the base's schedule; of a hub model that a dry run has not downloaded, diffusers' default one's."""
+    """(T,) SNR of the base's schedule; of a hub model that a dry run has not downloaded, diffusers' default."""
     config, where = schedule_of(recipe, base)
     return signal_to_noise(config, where=where)
 
@@ -81,7 +91,7 @@ def schedule_of(recipe: Recipe, base: Node | Input) -> tuple[Mapping[str, Any], 
     if isinstance(base, Node):
         return recipe.pretrain.scheduler.model_dump(), "pretrain.scheduler"
     if base.path is None:
-        return {}, "scheduler"
+        return ({"_class_name": OF_FLOWS[0]} if recipe.model.flow else {}), "scheduler"
     file = part_of(base.path, "scheduler") / SCHEDULER
     return read_json(file), str(file)
 
@@ -92,14 +102,25 @@ def check_weightings(recipe: Recipe, base: Node | Input) -> None:
     trained |= {"pretrain": recipe.pretrain} if isinstance(base, Node) else {}
     for name, settings in trained.items():
         if settings.loss_weighting in UNBOUNDED:
-            predicts = str(schedule_of(recipe, base)[0].get("prediction_type", "epsilon"))
+            predicts = prediction_of(schedule_of(recipe, base)[0])
             check_weighting(settings.loss_weighting, snr_of(recipe, base), predicts, key=f"{name}.loss_weighting")
 
 
-def remarks(recipe: Recipe, division: Division) -> list[str]:
+def in_sigmas(recipe: Recipe, base: Node | Input, division: Division) -> list[str]:
+    """Each expert's subset by its sigmas, where the family matches flows and the base is on this machine; else none."""
+    if not recipe.model.flow or isinstance(base, Node) or base.path is None:
+        return []
+    config, where = schedule_of(recipe, base)
+    sigmas = flow_sigmas(config, where=where)
+    subsets = [division.subset(i) for i in range(division.num_experts)]
+    return [in_sigma(sigmas, runs) if len(runs) <= MOST_RUNS else f"{len(runs)} runs" for runs in subsets]
+
+
+def remarks(recipe: Recipe, base: Node | Input, division: Division) -> list[str]:
     """What a reader should know of a division that is as the settings say, and perhaps not as they were meant."""
     settings, sizes = recipe.decouple, division.member.sum(axis=1)
-    said = []
+    named = [f"expert {i} {sigmas}" for i, sigmas in enumerate(in_sigmas(recipe, base, division))]
+    said = [f"in sigma: {', '.join(named)}"] if named else []
     if sizes.min() == 1 < sizes.max():
         alone = ", ".join(map(str, np.flatnonzero(sizes == 1)))
         said.append(f"division={settings.division}: of expert {alone}, the subset is one timestep")

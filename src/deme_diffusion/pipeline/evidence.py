@@ -16,6 +16,7 @@ from deme_diffusion.config import FIGURES, FigureName, Recipe
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import read_jsonl, write_bytes, write_npy
 from deme_diffusion.pipeline import found
+from deme_diffusion.pipeline.dividing import in_sigmas
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.merges import HowToMerge
@@ -86,7 +87,7 @@ class Evidence:
             "stages": [self.entry(node) for node in self._shown()],
             "provenance": self._made_by(),
             "cost_machine": self._cost_machine(),
-            "division": self.graph.division.as_dict(),
+            "division": self._division(),
             "curves": self._curves(seed),
             "grids": self._grids(seed),
             "base_model": self.graph.base.label,
@@ -95,6 +96,7 @@ class Evidence:
             "weights_found": self.weights_found(rows) if self._searched() else [],
             "ablations": self._experiments(),
             "figures": figures,
+            **found.asked(self.graph, self.store, seed, GRID_IMAGES),
         }  # fmt: skip
         if seed in self.graph.merged:
             content |= self._weights(seed)
@@ -105,6 +107,11 @@ class Evidence:
         """Versions and machines of the stages that are there, not of whoever writes the page."""
         seen = (self.store.glimpse(node.key) for node in self._shown())
         return made_by(one.manifest.get("provenance") for one in seen if one)
+
+    def _division(self) -> dict[str, Any]:
+        """The division's subsets and route; of a flow, the subsets by their sigmas too."""
+        sigmas = in_sigmas(self.recipe, self.graph.base, self.graph.division)
+        return {**self.graph.division.as_dict(), **({"sigmas": sigmas} if sigmas else {})}
 
     def _cost_machine(self) -> str | None:
         """The machine that latency and load time were measured on; None where its manifest does not say."""

@@ -51,7 +51,7 @@ def export_merged(run: Run, out: Path) -> Exported:
     names = sorted(name for name in artefact.manifest["files"] if name not in (CARD, MERGE))
     require_space(out, sum(artefact.path(name).stat().st_size for name in names))
     with building(out) as folder:
-        linked = [name for name in names if _put(artefact.path(name), folder / name)]
+        linked = [name for name in names if put(artefact.path(name), folder / name)]
         if MERGE in artefact.manifest["files"]:
             write_json(folder / MERGE, _without_places(read_json(artefact.path(MERGE))))
         shown = _samples(run)
@@ -92,8 +92,8 @@ def _merged(run: Run) -> Artefact:
     return artefact
 
 
-def _put(file: Path, at: Path) -> bool:
-    """Whether it is a hard link; a copy where it is small, or there can be none."""
+def put(file: Path, at: Path) -> bool:
+    """Bring a file to a place, and say whether it is a hard link; a copy where it is small, or there can be none."""
     with explained("write", at):
         at.parent.mkdir(parents=True, exist_ok=True)
         if file.stat().st_size >= LINKED:

@@ -140,9 +140,12 @@ def _vectors(graph: Graph) -> Node:
 
 def _trajectory(graph: Graph) -> Node:
     sampler = figure_sampler(graph)
-    check_sampler(sampler, graph.division.num_timesteps, key="analyze.sampler")
+    check_sampler(sampler, graph.division.num_timesteps, key="analyze.sampler", family=graph.recipe.model.family)
     covered = {"sampler": sampler.changed(), "route": graph.division.as_dict()["route"], **_named_by(graph)}
-    parents: dict[str, Node | Input] = {"base": graph.base, **_experts(graph), **_merged(graph)}
+    covered |= graph.asking.covered
+    if graph.asking.protocol is not None:  # which of its prompts are asked for
+        covered["num_images"] = graph.recipe.evaluate.num_images
+    parents: dict[str, Node | Input] = {"base": graph.base, **_experts(graph), **_merged(graph), **graph.asked()}
     images = graph.recipe.analyze.trajectory_images
     work = len([name for name in parents if name in ("base", "merged")]) + 1  # and the ensemble
     node_work = images * sampler.num_inference_steps * work
@@ -178,7 +181,7 @@ def _stage(
 
 
 def _data(graph: Graph) -> dict[str, Node | Input]:
-    return {"base": graph.base, "data": graph.data}
+    return {"base": graph.base, "data": graph.data, **graph.cached()}
 
 
 def _experts(graph: Graph) -> dict[str, Node | Input]:

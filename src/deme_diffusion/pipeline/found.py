@@ -1,7 +1,8 @@
-"""The merge weights of a run in words: whose they are, what a search lowered, whether that carried over. No torch."""
+"""What a run's stages left, in words: whose the merge weights are, what a search lowered, what was asked. No torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from deme_diffusion.artefacts import Store
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.merges import HowToMerge, degenerate
-from deme_diffusion.pipeline.node import MERGE, SIMILARITY, Node
+from deme_diffusion.pipeline.node import MERGE, PROMPTS, SIMILARITY, Node
 from deme_diffusion.report.cells import Figure, Row, metric_names
+from deme_diffusion.report.usage import usage
 from deme_diffusion.weight_files import read_json
 
 Found = Mapping[str, Any]
@@ -151,3 +153,16 @@ def _measured(rows: Sequence[Row], seed: int) -> Iterator[tuple[str, tuple[float
 def _of_seed(figure: Figure, seed: int) -> float | None:
     values = figure.get("values")
     return figure["mean"] if values is None or seed not in figure["seeds"] else values[figure["seeds"].index(seed)]
+
+
+# -- prompts --------------------------------------------------------------------------------------
+
+
+def asked(graph: Graph, store: Store, seed: int, most: int) -> dict[str, Any]:
+    """What the first images of the grids were asked for by, and how the merged model is asked."""
+    node = graph.samples.get(("base", seed))
+    seen = store.glimpse(node.key) if node else None
+    prompts: list[Any] = []
+    if seen is not None and seen.path(PROMPTS).is_file():
+        prompts = json.loads(seen.path(PROMPTS).read_text())[:most]
+    return {**usage(graph.recipe, prompts), **({"prompts": prompts} if prompts else {})}

@@ -7,24 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deme_diffusion.artefacts import Store
-from deme_diffusion.config import FigureName, Recipe, SamplerSettings
-from deme_diffusion.data.sources import SplitName
-from deme_diffusion.division import Runs, uniform, whole
+from deme_diffusion.config import FigureName, Recipe
+from deme_diffusion.division import whole
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation.samplers import check_sampler
-from deme_diffusion.pipeline import extractors, figures, images, merges
-from deme_diffusion.pipeline.dividing import check_weightings, inner_edges
+from deme_diffusion.evaluation.samplers import check_sampler, sampler_options
+from deme_diffusion.pipeline import asking, extractors, figures, images, merges
+from deme_diffusion.pipeline.dividing import check_weightings, inner_edges, schedule_of
 from deme_diffusion.pipeline.inputs import Input
-from deme_diffusion.pipeline.models import Models, served_ranges
+from deme_diffusion.pipeline.measured import Measured
 from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.report.cells import REAL_IMAGES
 
 log = logging.getLogger(__name__)
-SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
-"""Settings of `runtime` that change what serving costs."""
 
 
-class Graph(Models):
+class Graph(Measured):
     """All stages of a recipe. Attributes name the ones that the run folder and the sub-commands speak of.
 
     A division by gradients is a function of what the stage `similarity` left in the `store`, `provisional` before.
@@ -46,14 +43,18 @@ class Graph(Models):
         self.images = images.identity(recipe.data, self.source)
         self.data = self._data()
         self.base = self._base(download)
+        self.cache = self._cache()
         self.extractor = self._extractor(download)
         given = self.extractor if isinstance(self.extractor, Input) else None
         self.published = extractors.published(recipe, given)
+        self.asking = asking.asking(recipe, download=download)
+        self.clip = self._clip(download)
         self._divide(store)
         self.loss_ranges = self._loss_ranges()
         samplers = {f"evaluate.samplers.{i}": sampler for i, sampler in enumerate(recipe.evaluate.samplers)}
         for key, sampler in {**samplers, "merge.sampler": recipe.merge.sampler}.items():
-            check_sampler(sampler, self.division.num_timesteps, key=key)
+            check_sampler(sampler, self.division.num_timesteps, key=key, family=recipe.model.family)
+            sampler_options(sampler, schedule_of(recipe, self.base)[0], key=key, family=recipe.model.family)
         check_weightings(recipe, self.base)
         self.experts: dict[int, list[Node]] = {}
         self.searches: dict[int, Node] = {}
@@ -104,10 +105,6 @@ class Graph(Models):
         """A stage of a figure by what shapes it (`pipeline.figures`)."""
         return self._add(name, label, covered, parents, seed, images=images)
 
-    def waiting_for_ranges(self) -> dict[str, Any]:
-        """What sets keys apart whose ranges of the loss wait for the division."""
-        return self.waiting() if self.recipe.evaluate.loss_ranges is None else {}
-
     # -- the models of the table -------------------------------------------------------------------
 
     def _models(self, seed: int) -> list[Served]:
@@ -139,97 +136,14 @@ class Graph(Models):
             models.append(Served("merged", (self.merged[seed],)))
         return models
 
-    def _loss_ranges(self) -> list[Runs]:
-        """The ranges that the loss is told by: those that are served, or so many equal ones."""
-        count = self.recipe.evaluate.loss_ranges
-        if count is None:
-            return served_ranges(self.division)
-        return served_ranges(uniform(count, self.division.num_timesteps, key="evaluate.loss_ranges"))
-
-    # -- measuring ---------------------------------------------------------------------------------
-
-    def _evaluated(self, served: Served, seed: int) -> None:
-        settings = self.recipe.evaluate
-        features: dict[str, Node | Input] = {}
-        for sampler in settings.samplers if served.parts else ():
-            for number in range(settings.sampling_seeds):
-                node = self._sample(served, sampler, seed * settings.sampling_seeds + number, seed)
-                features[f"{sampler.label}/{number}"] = self._features(node.label.removeprefix("sample "), node)
-                self.samples.setdefault((served.name, seed), node)
-        if not served.parts:  # real training images, scored as if they had been generated
-            features["real"] = self._features("training images", None, "train", settings.num_images)
-        covered: dict[str, Any] = {name: getattr(settings, name) for name in ("neighbours", "density_neighbours")}
-        parents: dict[str, Node | Input] = {"reference": self._features("report split", None, "report"), **features}
-        parents |= {"published": self.published} if self.published else {}
-        if served.parts:
-            covered |= {"ranges": self.loss_ranges, "loss": settings.loss.changed()}
-            covered |= self.waiting_for_ranges()
-            parents |= {"data": self.data, **_model_parents(served, self.base)}
-        arguments = {"served": served, "samples": list(features)}
-        label = self._named(f"evaluate {served.name}", seed)
-        self.evaluations.append(
-            (served.name, seed, self._add("evaluate", label, covered, parents, None, arguments=arguments))
-        )
-
-    def _features(
-        self, label: str, images: Node | None, split: SplitName | None = None, count: int | None = None
-    ) -> Node:
-        """The features of sampled images, or of (the first `count` views of) a real split."""
-        parents: dict[str, Node | Input] = {"extractor": self.extractor, "data": self.data}
-        covered: dict[str, Any] = {}
-        if images is not None:
-            parents = {"extractor": self.extractor, "images": images}
-        else:
-            covered = {"split": split} | ({"count": count} if count else {})
-        arguments = {"split": split, "count": count}
-        return self._add("features", f"features of {label}", covered, parents, None, arguments=arguments)
-
-    def _sample(self, served: Served, sampler: SamplerSettings, sampling_seed: int, seed: int) -> Node:
-        count = self.recipe.evaluate.num_images
-        covered: dict[str, Any] = {"sampler": sampler.changed(), "num_images": count}
-        covered |= {"route": self.division.as_dict()["route"]} if served.ensemble else {}
-        label = self._named(f"sample {served.name} {sampler.label} #{sampling_seed}", seed)
-        return self._add(
-            "sample",
-            label,
-            covered,
-            _model_parents(served, self.base),
-            sampling_seed,
-            arguments={"served": served, "sampler": sampler},
-            images=count * sampler.num_inference_steps,
-        )
-
-    def cost_of(self, models: Sequence[Served]) -> Node:
-        """What serving these models costs, measured side by side."""
-        parents: dict[str, Node | Input] = {"base": self.base}
-        for served in models:
-            parents |= {f"{served.name}/{i}": part for i, part in enumerate(served.parts)}
-        sampler = self.recipe.evaluate.samplers[0]
-        covered: dict[str, Any] = {"sampler": sampler.changed(), "models": [served.name for served in models]}
-        runtime = self.recipe.runtime.changed()  # it changes what is measured here, as it does nowhere else
-        covered |= {name: runtime[name] for name in SERVING if name in runtime}
-        arguments = {"models": models, "sampler": sampler}
-        # Timings mean nothing beside another training.
-        return self._add("cost", "cost of serving", covered, parents, None, arguments=arguments, exclusive=True)
-
     @property
     def outcome(self) -> str:
         """Name of the row that a recipe is about: the merged model, or the ensemble where nothing is merged."""
         return "ensemble" if self.recipe.merge.method == "none" else "merged"
 
-    def measured(self, names: Sequence[str]) -> list[Node]:
-        """The stages that measure some rows of the table, in every seed, and what serving them costs."""
-        models = [served for served in self.served[self.recipe.seeds[0]] if served.name in names]
-        return [*(node for name, _, node in self.evaluations if name in names), self.cost_of(models)]
-
-    @property
-    def extractor_name(self) -> str:
-        """What a metric is named by."""
-        return extractors.extractor_name(self.recipe)
-
     def pinned(self) -> Recipe:
         """The recipe for other processes: hub inputs at their commits, a division by gradients at its edges."""
-        parts = {"model": self.base, "extractor": self.extractor, "data": self.source}
+        parts = {"model": self.base, "extractor": self.extractor, "data": self.source, "clip": self.clip}
         commits = {name: part.commit for name, part in parts.items() if isinstance(part, Input) and part.commit}
         pinned = {name: getattr(self.recipe, name).model_copy(update={"revision": c}) for name, c in commits.items()}
         decouple = self.recipe.decouple
@@ -244,7 +158,3 @@ def shown(recipe: Recipe, *, store: Store | None, download: bool = False) -> Gra
     graph = Graph(recipe, download=download, store=store, drawn=())
     graph.keyed(recipe.analyze.figures)
     return graph
-
-
-def _model_parents(served: Served, base: Node | Input) -> dict[str, Node | Input]:
-    return {"base": base, **{f"model {i}": part for i, part in enumerate(served.parts)}}

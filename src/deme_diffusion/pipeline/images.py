@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deme_diffusion.config import DataSettings, EvaluateSettings
+from deme_diffusion.data.captions import NAMED, refusal
 from deme_diffusion.data.contents import content_digest
-from deme_diffusion.data.sources import Digits
+from deme_diffusion.data.sources import Digits, SplitName
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import canonical_digest
 from deme_diffusion.pipeline.inputs import Input, cached_commit, looks_like_hub_name
 
+if TYPE_CHECKING:
+    from deme_diffusion.data.splits import Split
+
+Takes = Literal["nothing", "class", "text"]
 SEEN = ("augment", "views")
 """Settings that shape what training and measuring see of an image, not the index."""
 WHERE = ("source", "path", "revision", "streaming")
 """Settings that only say where the images lie: their content enters by its digest."""
+LATER = ("missing_captions",)
+"""Settings that decide whether the images will do: what is made of those that do is the same."""
 HUB = ("subset", "split")
 """Settings that have a meaning on the hub only."""
 
@@ -38,10 +45,11 @@ def identity(settings: DataSettings, source: Input) -> str:
     return settings.source if settings.source == "digits" else f"{source.digest} {settings.mode}"
 
 
-def indexed(settings: DataSettings) -> dict[str, Any]:
-    """The settings in the key of the index."""
-    idle = (*SEEN, *WHERE, *(() if settings.source == "hub" else HUB))
-    return {key: value for key, value in settings.changed().items() if key not in idle}
+def indexed(settings: DataSettings, takes: Takes) -> dict[str, Any]:
+    """The settings in the key of the index, which holds captions for models that take text only."""
+    idle = (*SEEN, *WHERE, *LATER, *(() if settings.source == "hub" else HUB))
+    shaping = {key: value for key, value in settings.changed().items() if key not in idle}
+    return {**shaping, "captions": True} if takes == "text" else shaping
 
 
 def seen(settings: DataSettings) -> dict[str, Any]:
@@ -64,6 +72,25 @@ def check_fit(images: tuple[int, ...], model: tuple[int, ...], settings: DataSet
         remedy = f"set data.resolution={rows}" if rows == columns else "data.resolution makes squares only"
     had, wanted = f"{width}x{height} with {channels} channels", f"{columns}x{rows} with {taken} channels"
     raise UserError(f"data: the images are {had}, the model takes {wanted}; {remedy}")
+
+
+def check_prompts(splits: Mapping[SplitName, Split], takes: Takes) -> None:
+    """Raises UserError where images lack the caption, or the label, that the model takes."""
+    if takes == "nothing":
+        return
+    split = splits["train"]
+    source, settings = split.source, split.settings
+    indices = [i for each in splits.values() for i in each.indices]
+    has = source.has_captions if takes == "text" else (lambda i: source.label(i) is not None)
+    missing = [i for i in indices if not has(i)]
+    named = [source.called(i) for i in sorted(missing)[: NAMED + 1]]
+    refused = refusal(named, len(missing), len(indices), settings) if takes == "text" else None
+    if takes == "class" and missing:
+        where, few = settings.path or settings.source, ", ".join(named[:NAMED])
+        refused = f"data: {where}: {len(missing):,} of {len(indices):,} images have no label ({few}); the model takes "
+        refused += "classes: complete them, or name data.label_column"
+    if refused:
+        raise UserError(refused)
 
 
 def check_enough(sizes: Mapping[str, int], settings: EvaluateSettings) -> None:

@@ -18,6 +18,10 @@ from deme_diffusion.weight_files import AVERAGED, NO_BASE, PROJECTIONS, read_jso
 ASSETS = Path(__file__).parent.parent / "assets"
 PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
+TOKENIZERS = ("*.txt", "*.model")
+"""What tokenizers need beside: merges of CLIP's, T5's vocabulary."""
+VARIANTS, NEVER_RUN = ("fp16", "bf16", "fp8", "non_ema", "ema_only"), ("safety_checker",)
+"""Copies of weights in other precisions, and parts of a pipeline that no run loads."""
 COMPONENTS = ("unet", "transformer")
 SCHEDULER = "scheduler_config.json"
 CONVERT = "convert once: deme convert FOLDER --out NEW (of a hub model, first: hf download NAME --local-dir FOLDER)"
@@ -88,12 +92,40 @@ def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_fetched(name, revision)))
     except Exception as error:  # the hub's client raises a dozen kinds, of which none is ours to mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFetched(f"{key}: {name} could not be fetched from the hub ({reason}); give a local folder") from None
     commit = path.name
     return Input(f"{name}@{commit[:8]}", canonical_digest({"hub": name, "commit": commit})[:16], path, commit)
+
+
+def _fetched(name: str, revision: str) -> list[str]:
+    """What of a hub repository is fetched, by name; where its list is not to be had, by pattern."""
+    from huggingface_hub import HfApi
+
+    try:
+        return wanted_files(HfApi().list_repo_files(name, revision=revision))
+    except Exception:  # offline, or gone: fetching itself finds out, and tells
+        return [*PATTERNS, *TOKENIZERS]
+
+
+def wanted_files(files: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a pipeline or model is loaded from.
+
+    Neither copies in other precisions, nor the single files that other programs load, nor what is never run.
+    """
+    kinds = tuple(pattern.removeprefix("*") for pattern in (*PATTERNS, *TOKENIZERS))
+    parts = {file.rpartition("/")[0] for file in files if file.rpartition("/")[2].endswith("config.json")}
+    pipeline = "model_index.json" in files and any(parts & {"unet", "transformer"})
+    found = []
+    for file in files:
+        folder, _, last = file.rpartition("/")
+        copied = any(f".{variant}" in last for variant in VARIANTS) or last.startswith("open_clip")
+        alone = pipeline and (not folder or folder not in parts) and last.endswith(".safetensors")
+        if last.endswith(kinds) and not copied and not alone and folder.partition("/")[0] not in NEVER_RUN:
+            found.append(file)
+    return found
 
 
 def cached_commit(name: str, revision: str, kind: str = "models") -> str | None:

@@ -16,7 +16,7 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.merging.selection import Kept, MergeWeights
 from deme_diffusion.merging.table import Method, method
 
-SAID = ("method", "options", "weights_for", "keep", "dtype", "max_shard_size", "fisher_samples")
+SAID = ("method", "options", "weights_for", "keep", "dtype", "max_shard_size", "fisher_samples", "lora_rank", "fuse")
 """Settings that `HowToMerge`, and the stages beside a merge, say in their own way."""
 SNR_LIMIT = 5.0
 """Of an SNR that weighs a range: gamma of Min-SNR as its paper has it."""
@@ -35,6 +35,8 @@ class HowToMerge:
     keep: Mapping[str, Kept] = field(default_factory=dict)
     dtype: str | None = None
     max_shard_size: str | None = None
+    lora_rank: int | None = None
+    fuse: bool = False
 
     @property
     def model(self) -> dict[str, Any]:
@@ -50,7 +52,8 @@ class HowToMerge:
     @property
     def covered(self) -> dict[str, Any]:
         """`model`, and how it is stored."""
-        rest = {"dtype": self.dtype, "max_shard_size": self.max_shard_size}
+        rest = {"dtype": self.dtype, "max_shard_size": self.max_shard_size, "lora_rank": self.lora_rank}
+        rest |= {"fuse": self.fuse or None}
         return self.model | {name: value for name, value in rest.items() if value is not None}
 
     @property
@@ -92,6 +95,8 @@ def how(settings: MergeSettings, num_experts: int, *, uniform: bool = False, alo
         keep,
         settings.dtype,
         settings.max_shard_size,
+        settings.lora_rank,
+        settings.fuse,
     )
 
 

@@ -11,7 +11,7 @@ from deme_diffusion.config import MergeSettings, ModelSettings, Recipe, TrainSet
 from deme_diffusion.division import Division, Runs, name_of, whole
 from deme_diffusion.files import canonical_digest
 from deme_diffusion.merging.search import check_search, shaped_by_loss, shaping
-from deme_diffusion.pipeline import dividing, extractors, images, merges
+from deme_diffusion.pipeline import caching, dividing, extractors, images, merges
 from deme_diffusion.pipeline.inputs import Input, check_average, check_unseen, component_of, resolve
 from deme_diffusion.pipeline.node import Node, Vertices
 
@@ -31,6 +31,8 @@ class Models(Vertices):
     data: Node | Input
     base: Node | Input
     extractor: Node | Input
+    cache: Node | Input | None
+    """The latents and text embeddings that trainings and losses read; None where they encode anew, or need not."""
     division: Division
     similarity: Node | None
     """The comparison of gradients that the division is made by, of which it is a function once that is done."""
@@ -52,7 +54,7 @@ class Models(Vertices):
         if settings.source == "digits":
             return self.source
         label = f"index of {self.source.label}"
-        return self._add("data", label, images.indexed(settings), {"source": self.source}, None)
+        return self._add("data", label, images.indexed(settings, self.recipe.model.takes), {"source": self.source}, None)
 
     def _base(self, download: bool) -> Node | Input:
         model, settings = self.recipe.model, self.recipe.pretrain
@@ -69,6 +71,20 @@ class Models(Vertices):
         parents = {"data": self.data}
         return self._add("pretrain", "base", covered, parents, self.recipe.seeds[0], steps=settings.total_steps)
 
+    def _cache(self) -> Node | Input | None:
+        if not caching.kept(self.recipe):
+            return None
+        assert isinstance(self.base, Input), "checked by the settings: latent models are not trained from scratch"
+        parents = {"encoders": caching.encoders(self.base, self.recipe.model), "data": self.data}
+        covered = caching.covered(self.recipe)
+        if self.recipe.cache.folder is None:
+            return self._add("cache", "cache of latents", covered, parents, None)
+        return caching.given(self.recipe, self._key("cache", covered, parents, None))
+
+    def cached(self) -> dict[str, Node | Input]:
+        """The parent of every stage that reads `encoded`."""
+        return {} if self.cache is None else {"cache": self.cache}
+
     def _extractor(self, download: bool) -> Node | Input:
         if found := extractors.given(self.recipe.extractor, download=download):
             check_unseen(found, self.recipe.data, self.images, key=extractors.KEY)
@@ -84,7 +100,7 @@ class Models(Vertices):
         covered |= {} if subset == whole(self.division.num_timesteps) else self.waiting()
         covered |= _validated(self.recipe, settings) | ({"copy": copy} if copy else {})
         arguments = {"subset": subset, "steps": steps, "learning_rate": learning_rate, "copy": copy}
-        parents = {"base": self.base, "data": self.data}
+        parents = {"base": self.base, "data": self.data, **self.cached()}
         return self._add("decouple", self._named(label, seed), covered, parents, seed, arguments=arguments, steps=steps)
 
     def _rate(self, index: int) -> float:
@@ -99,7 +115,7 @@ class Models(Vertices):
         covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
         covered |= {"ranges": served_ranges(self.division), **self.waiting()}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
-        parents |= self.informed(how, experts, seed)
+        parents |= self.informed(how, experts, seed) | self.cached()
         label = self._named(f"{label} weights", seed)
         return self._add("search", label, covered, parents, seed, arguments={"experts": len(experts), "how": how})
 
@@ -126,7 +142,7 @@ class Models(Vertices):
         merge = self.recipe.merge
         covered = {key: value for key, value in merge.changed().items() if key == "fisher_samples"}
         arguments = {"subset": expert.arguments["subset"], "samples": merge.fisher_samples}
-        parents = {"expert": expert, "data": self.data}
+        parents = {"expert": expert, "data": self.data, **self.cached()}
         return self._add("fisher", f"Fisher of {expert.label}", covered, parents, seed, arguments=arguments)
 
     def compared(self) -> Node:
@@ -141,7 +157,7 @@ class Models(Vertices):
         everything = subset is None or subset == whole(self.division.num_timesteps)
         if subset is not None and not everything:
             covered, label = covered | {"within": subset} | self.waiting(), f"{label} of {name_of(subset)}"
-        parents, arguments = {"base": self.base, "data": self.data}, {"subset": None if everything else subset}
+        parents, arguments = {"base": self.base, "data": self.data, **self.cached()}, {"subset": None if everything else subset}
         return self._add("similarity", label, covered, parents, settings.seed, arguments=arguments)
 
     def _divide(self, store: Store | None) -> None:
@@ -150,7 +166,7 @@ class Models(Vertices):
         found = dividing.compared_in(store, self.similarity)
         self.provisional = self.similarity is not None and found is None
         self.division = dividing.division_of(self.recipe, self.base, found)
-        self.remarks = dividing.remarks(self.recipe, self.division)
+        self.remarks = dividing.remarks(self.recipe, self.base, self.division)
 
     def waiting(self) -> dict[str, Any]:
         """What sets keys apart that hold a placeholder."""

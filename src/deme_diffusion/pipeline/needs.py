@@ -1,43 +1,27 @@
-"""What the stages of a graph need: FLOPs, memory, disk, downloads. No torch, no network."""
+"""What the stages of a graph need of a machine's arithmetic: FLOPs. No torch, no network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from math import ceil, prod
-from pathlib import Path
+from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
-import yaml
-
-from deme_diffusion.config import FIGURES, PretrainSettings, Recipe, TrainSettings
-from deme_diffusion.data.sources import SplitName
+from deme_diffusion.config import FIGURES, PretrainSettings, Recipe, SamplerSettings, TrainSettings
+from deme_diffusion.data.sources import WORDINGS, WORDS, SplitName
 from deme_diffusion.division import reported, whole
 from deme_diffusion.merging.search import Space, expected
+from deme_diffusion.pipeline import caching
+from deme_diffusion.pipeline.base_cost import base_cost, folder_configs, known_configs, rough_cost
+from deme_diffusion.pipeline.cost_parts import Cost
+from deme_diffusion.pipeline.encoder_cost import clip_cost
+from deme_diffusion.pipeline.facts import known
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.pipeline.inputs import CONVERT, Input, component_of, is_cached, weight_bytes
 from deme_diffusion.pipeline.node import Node
-from deme_diffusion.pipeline.unet_cost import FLOAT, Cost, unet_cost
-from deme_diffusion.weight_files import read_json
+from deme_diffusion.pipeline.unet_cost import unet_cost
 
-KNOWN = Path(__file__).parent / "known.yaml"
 DIGITS = 1797
-PICKLED = f"its weights are a pickle, which is never loaded; {CONVERT}"
-COMPARED = 16
-"""Samples at most in a batch of the stage similarity (`analysis.similarity.MOST_AT_ONCE`, which needs torch)."""
-MODELS_SHOWN, TILE = 3, 3 * 128 * 128
-"""Of the grids: base, ensemble and merged; the bytes of an image at most (`analysis.trajectory.SIDE`)."""
-HELD = 5
-"""Copies of the weights that a figure of losses holds at most: base, the point, directions and how they are made."""
-SMALL = 100_000
-"""Bytes of a stage that leaves numbers only."""
-
-
-@cache
-def known() -> dict[str, Any]:
-    """The facts about hub names in `known.yaml`."""
-    facts: dict[str, Any] = yaml.safe_load(KNOWN.read_text(encoding="utf-8"))
-    return facts
+GUIDANCE = {"stable_diffusion": 7.5, "stable_diffusion_xl": 5.0, "dit": 4.0, "stable_diffusion_3": 7.0, "wan": 5.0}
+"""What the stock pipelines guide by; Flux is told its guidance, and answers once."""
 
 
 def model_cost(graph: Graph) -> Cost | None:
@@ -47,48 +31,61 @@ def model_cost(graph: Graph) -> Cost | None:
         unet = recipe.pretrain.unet
         return unet_cost({**unet.model_dump(), "out_channels": unet.in_channels})
     if graph.base.path is None:
-        facts = known()["models"].get(recipe.model.pretrained)
-        return unet_cost(known()["unets"][facts["unet"]]) if facts else None
-    component = component_of(graph.base.path)
-    config = read_json(component / "config.json")
-    counted = unet_cost(config) if config.get("_class_name") == "UNet2DModel" else None
-    return counted or _rough_cost(component, config)
-
-
-def _rough_cost(component: Path, config: Mapping[str, Any]) -> Cost:
-    """For an architecture that cannot be counted: most parameters sit at low resolution, at a quarter of the pixels."""
-    parameters = sum(weight_bytes(file) for file in component.glob("*.safetensors")) // FLOAT
-    size = config.get("sample_size") or 32
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (int(config.get("in_channels") or 3), int(height), int(width))
-    return Cost(parameters, 2.0 * parameters * height * width / 4, 0, 0, 0, shape)
-
-
-# -- FLOPs ----------------------------------------------------------------------------------------
+        known_ones = known_configs(str(recipe.model.pretrained))
+        return base_cost(recipe.model, known_ones) if known_ones else None
+    configs = folder_configs(graph.base.path)
+    return base_cost(recipe.model, configs) or rough_cost(recipe.model, graph.base.path, configs)
 
 
 def flops(graph: Graph, node: Node, cost: Cost) -> float:
     """FLOPs of one stage. What reading images, merging and timing cost is left out: it is little."""
+    recipe = graph.recipe
     if node.stage in ("decouple", "pretrain"):
-        return cost.flops * (_trained(graph, node) + _validated(graph, node))
+        return _trained(graph, node, cost) + _validated(graph, node) * _asked_once(recipe, cost)
     if node.stage == "search":
-        return cost.flops * _searched(graph.recipe, node)
+        return _searched(recipe, node, cost)
     if node.stage == "fisher":
-        return cost.flops * 3 * int(node.arguments["samples"])  # forward and backward
+        return 3 * int(node.arguments["samples"]) * cost.flops  # forward and backward
     if node.stage == "similarity":
-        return cost.flops * 3 * _bins(graph, node) * graph.recipe.similarity.num_images
+        return 3 * _bins(graph, node) * recipe.similarity.num_images * cost.flops
+    if node.stage == "trajectory":
+        sampler = recipe.analyze.sampler or recipe.evaluate.samplers[0]
+        return node.images / sampler.num_inference_steps * _sampled(recipe, sampler, cost)
     if node.stage in FIGURES:
-        return cost.flops * (node.images + _figured(graph.recipe, node))
-    if node.stage == "features":
-        return _extracted(graph.recipe, node)
-    return cost.flops * (node.images + _loss_points(graph.recipe, "report") * _ranges(node))
+        return cost.flops * _figured(recipe, node)
+    if node.stage in ("features", "clip_score"):
+        return _extracted(recipe, node) if node.stage == "features" else _scored(recipe)
+    if node.stage == "cache":
+        return _cached(recipe, cost)
+    if node.stage == "sample":
+        return _sampled(recipe, node.arguments["sampler"], cost) * recipe.evaluate.num_images
+    return _loss_points(recipe, "report") * _ranges(node) * _asked_once(recipe, cost)
 
 
-def _trained(graph: Graph, node: Node) -> float:
-    """Forward passes: 3 an image for student and gradient, one for the teacher, one for checkpointed activations."""
-    settings = trained_by(graph.recipe, node)
-    passes: float = 3 + has_teacher(graph.recipe, node) + graph.recipe.runtime.gradient_checkpointing
-    return passes * node.steps * settings.train_batch_size * settings.gradient_accumulation_steps
+# -- training -------------------------------------------------------------------------------------
+
+
+def _trained(graph: Graph, node: Node, cost: Cost) -> float:
+    """Forward passes: 3 an image for student and gradient, one for the teacher, one for checkpointed activations.
+
+    The gradient of a LoRA costs about as much as a forward pass: that of the base's own weights is not taken.
+    """
+    recipe, settings = graph.recipe, trained_by(graph.recipe, node)
+    passes: float = 2 if is_lora(recipe, node) else 3
+    passes += has_teacher(recipe, node) + recipe.runtime.gradient_checkpointing
+    samples = node.steps * settings.train_batch_size * settings.gradient_accumulation_steps
+    return samples * (passes * cost.flops + _encoded_anew(recipe, cost))
+
+
+def _encoded_anew(recipe: Recipe, cost: Cost) -> float:
+    """FLOPs of encoding an image and its caption, where nothing was encoded beforehand."""
+    around = cost.encoders
+    return 0.0 if around is None or caching.kept(recipe) else around.encode + around.caption
+
+
+def _asked_once(recipe: Recipe, cost: Cost) -> float:
+    """FLOPs of one point of a loss."""
+    return cost.flops + _encoded_anew(recipe, cost)
 
 
 def _validated(graph: Graph, node: Node) -> float:
@@ -98,18 +95,99 @@ def _validated(graph: Graph, node: Node) -> float:
     return times * ranges * _loss_points(graph.recipe, "search")
 
 
-def _searched(recipe: Recipe, node: Node) -> float:
-    """Forward passes: of images that candidates are scored on, and of points of the fixed-noise loss."""
+def trained_by(recipe: Recipe, node: Node) -> TrainSettings:
+    """The settings of a training."""
+    settings: PretrainSettings | TrainSettings = recipe.pretrain if node.stage == "pretrain" else recipe.decouple
+    return settings
+
+
+def has_teacher(recipe: Recipe, node: Node) -> bool:
+    """Whether a training asks a frozen model beside the student."""
+    return node.stage == "decouple" and recipe.decouple.consistency_weight > 0
+
+
+def is_lora(recipe: Recipe, node: Node) -> bool:
+    """Whether a training leaves the base as it is, and trains a LoRA."""
+    return node.stage == "decouple" and recipe.decouple.lora_rank is not None
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+def _sampled(recipe: Recipe, sampler: SamplerSettings, cost: Cost) -> float:
+    """FLOPs of one image: guidance asks the model twice a step; a prompt is encoded, latents are decoded."""
+    passes = answers(recipe, sampler)
+    around = 0.0 if cost.encoders is None else cost.encoders.decode + passes * cost.encoders.caption
+    return passes * sampler.num_inference_steps * cost.flops + around
+
+
+def answers(recipe: Recipe, sampler: SamplerSettings) -> int:
+    """Answers of the model that classifier-free guidance takes at a step: 2, or 1 where there is none."""
+    scale = GUIDANCE.get(recipe.model.family)
+    if scale is None:
+        return 1
+    return 2 if (scale if sampler.guidance_scale is None else sampler.guidance_scale) > 1 else 1
+
+
+def _searched(recipe: Recipe, node: Node, cost: Cost) -> float:
+    """Of the images that candidates are scored on, and of points of the fixed-noise loss."""
     merge, how = recipe.merge, node.arguments["how"]
     space = Space.of(how.method, int(node.arguments["experts"]), merge.bounds, fixed=how.fixed)
     points = _loss_points(recipe, "search") * _ranges(node)
     asked = expected(space, merge, min(1.0, merge.gradient_batch_size / points) if points else 1.0)
-    return asked.scored * merge.num_images * merge.sampler.num_inference_steps + asked.losses * points
+    sampled = asked.scored * merge.num_images * _sampled(recipe, merge.sampler, cost)
+    return sampled + asked.losses * points * _asked_once(recipe, cost)
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def _cached(recipe: Recipe, cost: Cost) -> float:
+    around = cost.encoders
+    if around is None:
+        return 0.0
+    return cached_images(recipe) * around.encode + cached_captions(recipe) * around.caption
+
+
+def cached_images(recipe: Recipe) -> int:
+    """Views of images that a cache holds."""
+    views = caching.stored_views(recipe)
+    return sum((split_images(recipe, split) or 0) * count for split, count in views.items())
+
+
+def cached_captions(recipe: Recipe) -> int:
+    """Captions that a cache holds, and '': one an image, where all of them differ."""
+    if recipe.model.takes != "text":
+        return 0
+    digits = recipe.data.source == "digits"
+    return (len(WORDS) * len(WORDINGS) if digits else data_images(recipe) or 0) + 1
 
 
 def _extracted(recipe: Recipe, node: Node) -> float:
     each = float(known()["inception"]["flops"]) if recipe.extractor.kind == "inception" else 0.0
-    return each * _featured(recipe, node)
+    return each * featured(recipe, node)
+
+
+def _scored(recipe: Recipe) -> float:
+    """Of a known CLIP, an image with its caption each."""
+    facts = known()["clips"].get(recipe.clip.pretrained)
+    return 0.0 if facts is None else recipe.evaluate.num_images * clip_flops(facts)
+
+
+def clip_flops(facts: dict[str, Any]) -> float:
+    """Of an image with its caption, by the config of a CLIP."""
+    return clip_cost(facts["text_config"], facts["vision_config"], facts["projection_dim"])[1]
+
+
+def featured(recipe: Recipe, node: Node) -> int:
+    """Images that features are made of."""
+    if "reference" in node.arguments:
+        return int(known()["references"].get(recipe.evaluate.prompts.protocol, 0))
+    split, count = node.arguments["split"], node.arguments["count"]
+    if split is None:
+        return recipe.evaluate.num_images
+    held = (split_images(recipe, split) or 0) * recipe.data.views
+    return min(count, held) if count else held
 
 
 def _bins(graph: Graph, node: Node) -> int:
@@ -146,17 +224,6 @@ def _loss_points(recipe: Recipe, split: SplitName) -> int:
     return (count or 0) * loss.draws
 
 
-def trained_by(recipe: Recipe, node: Node) -> TrainSettings:
-    """The settings of a training."""
-    settings: PretrainSettings | TrainSettings = recipe.pretrain if node.stage == "pretrain" else recipe.decouple
-    return settings
-
-
-def has_teacher(recipe: Recipe, node: Node) -> bool:
-    """Whether a training holds a frozen second model."""
-    return node.stage == "decouple" and recipe.decouple.consistency_weight > 0
-
-
 # -- images ---------------------------------------------------------------------------------------
 
 
@@ -164,7 +231,7 @@ def data_images(recipe: Recipe) -> int | None:
     """How many images the recipe's data hold; None where that is known only once they are here."""
     data = recipe.data
     if data.source == "digits":
-        return DIGITS
+        return min(DIGITS, data.max_images or DIGITS)
     splits: dict[str, int] = known()["data"].get(data.path, {}).get("images", {}) if data.source == "hub" else {}
     names = data.split.split("+")
     total = sum(splits[name] for name in names) if all(name in splits for name in names) else None
@@ -176,119 +243,3 @@ def split_images(recipe: Recipe, split: SplitName) -> int | None:
     data, total = recipe.data, data_images(recipe)
     held = {"report": data.report_fraction, "search": data.search_fraction}
     return None if total is None else round(total * held.get(split, 1 - sum(held.values())))
-
-
-def _featured(recipe: Recipe, node: Node) -> int:
-    split, count = node.arguments["split"], node.arguments["count"]
-    if split is None:
-        return recipe.evaluate.num_images
-    held = (split_images(recipe, split) or 0) * recipe.data.views
-    return min(count, held) if count else held
-
-
-# -- disk, memory, downloads ----------------------------------------------------------------------
-
-
-def disk(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
-    """Bytes by kind: what the stages leave, and at most `jobs` trainings' checkpoints on the way."""
-    recipe, used = graph.recipe, dict.fromkeys(("data", "weights", "checkpoints", "images", "features", "other"), 0)
-    weights = FLOAT * cost.parameters
-    for node in nodes:
-        if node.stage in ("decouple", "pretrain"):
-            used["weights"] += 2 * weights  # averaged and raw
-            used["checkpoints"] = max(used["checkpoints"], recipe.runtime.jobs * _checkpoints(recipe, node, weights))
-        elif node.stage in ("merge", "fisher"):
-            used["weights"] += weights
-        elif node.stage == "sample":
-            used["images"] += recipe.evaluate.num_images * prod(cost.shape)
-        elif node.stage == "trajectory":
-            used["images"] += MODELS_SHOWN * recipe.analyze.trajectory_images * min(prod(cost.shape), TILE)
-        elif node.stage == "data":
-            used["data"] += _stored_pixels(recipe, cost) + _copied(recipe)
-        elif node.stage == "features":
-            used["features"] += FLOAT * _featured(recipe, node) * (feature_width(recipe) + _classes(recipe))
-        else:
-            used["other"] += SMALL
-    return used
-
-
-def _stored_pixels(recipe: Recipe, cost: Cost) -> int:
-    """Prepared images, where they fit into the cache; those that are cropped at random are longer than wide."""
-    stored = (data_images(recipe) or 0) * prod(cost.shape)
-    return stored if stored <= recipe.runtime.cache_images_gb * 1e9 else 0
-
-
-def _copied(recipe: Recipe) -> int:
-    """The copy of the hub's files that the data library makes to read them by row; a stream has none."""
-    hub = recipe.data.source == "hub" and not recipe.data.streaming
-    return int(known()["data"].get(recipe.data.path, {}).get("bytes") or 0) if hub else 0
-
-
-def _checkpoints(recipe: Recipe, node: Node, weights: int) -> int:
-    """Weights, their average and Adam's two moments, the best so far; a new one is whole before an old one goes."""
-    settings = trained_by(recipe, node)
-    copies = 3 + settings.use_ema + (settings.keep == "best")
-    return weights * copies * (recipe.runtime.checkpoints_total_limit + 1)
-
-
-def _classes(recipe: Recipe) -> int:
-    """Class logits kept beside an image's features; a classifier's own are few."""
-    return int(known()["inception"]["classes"]) if recipe.extractor.kind == "inception" else 0
-
-
-def feature_width(recipe: Recipe) -> int:
-    """Numbers that the extractor makes of an image; of a transformers model a usual width."""
-    widths = {"inception": known()["inception"]["features"], "transformers": 768}
-    return int(widths.get(recipe.extractor.kind, recipe.extractor.features))
-
-
-def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
-    """Bytes on the device, the largest stage of each kind: weights, gradients, Adam, average, teacher, activations."""
-    recipe, most = graph.recipe, {"training": 0, "sampling": 0, "figures": 0}
-    for node in nodes:
-        if node.stage in ("decouple", "pretrain"):
-            most["training"] = max(most["training"], _training_memory(recipe, node, cost))
-        elif node.stage == "similarity":  # the base, a copy, the gradients of a batch and of a bin
-            activations = cost.checkpointed if recipe.runtime.gradient_checkpointing else cost.kept
-            needed = 4 * FLOAT * cost.parameters + activations * min(recipe.decouple.train_batch_size, COMPARED)
-            most["training"] = max(most["training"], needed)
-        elif node.stage in ("sample", "search"):
-            served = node.arguments.get("served")
-            experts = len(served.parts) if served and served.ensemble else 1
-            weights = FLOAT * cost.parameters * min(experts, recipe.runtime.resident_experts)
-            most["sampling"] = max(most["sampling"], weights + cost.peak * recipe.runtime.sample_batch_size)
-        elif node.stage in FIGURES and node.stage != "vectors":
-            needed = HELD * FLOAT * cost.parameters + cost.peak * recipe.runtime.sample_batch_size
-            most["figures"] = max(most["figures"], needed)
-    return most
-
-
-def _training_memory(recipe: Recipe, node: Node, cost: Cost) -> int:
-    settings, runtime = trained_by(recipe, node), recipe.runtime
-    moments = 2 if settings.use_8bit_adam else 8
-    averaged = FLOAT if settings.use_ema and not runtime.offload_ema else 0
-    held = FLOAT if recipe.decouple.teacher_dtype == "float32" or recipe.decouple.teacher == "ema" else 2
-    teacher = held if has_teacher(recipe, node) else 0
-    activations = cost.checkpointed if runtime.gradient_checkpointing else cost.kept
-    nash = node.stage == "decouple" and recipe.decouple.multi_task == "nash"
-    clusters = FLOAT * recipe.decouple.multi_task_clusters if nash else 0  # a gradient each
-    per_parameter = 2 * FLOAT + moments + averaged + teacher + clusters
-    return per_parameter * cost.parameters + activations * settings.train_batch_size
-
-
-def downloads(graph: Graph) -> list[dict[str, Any]]:
-    """What must be fetched first: kind, name, bytes (None: unknown) and what to know of it."""
-    recipe, found = graph.recipe, []
-    if isinstance(graph.base, Input) and graph.base.path is None:
-        found.append(_download("model", graph.base, known()["models"].get(recipe.model.pretrained, {})))
-    if recipe.data.source == "hub" and not is_cached(str(recipe.data.path), graph.source.commit, kind="datasets"):
-        found.append(_download("data", graph.source, known()["data"].get(recipe.data.path, {})))
-    if isinstance(graph.extractor, Input) and graph.extractor.path is None:
-        inception = known()["inception"] if recipe.extractor.kind == "inception" else {}
-        found.append(_download("extractor", graph.extractor, inception))
-    return found
-
-
-def _download(kind: str, what: Input, facts: Mapping[str, Any]) -> dict[str, Any]:
-    note = PICKLED if facts.get("pickled") else ""
-    return {"kind": kind, "name": what.label, "bytes": facts.get("bytes"), "note": note}

@@ -12,10 +12,14 @@ from deme_diffusion.pipeline.inputs import Input
 
 METRICS, COSTS, MERGE = "metrics.json", "cost.json", "merge.json"
 SIMILARITY = "similarity.npz"
+PROMPTS = "prompts.json"
+"""Beside sampled images: what each was asked for by."""
 StageName = Literal[
     "data",
+    "cache",
     "pretrain",
     "extractor",
+    "clip",
     "similarity",
     "decouple",
     "fisher",
@@ -23,6 +27,7 @@ StageName = Literal[
     "merge",
     "sample",
     "features",
+    "clip_score",
     "evaluate",
     "cost",
     "activations",
@@ -34,8 +39,10 @@ StageName = Literal[
 
 VERSIONS: dict[StageName, int] = {
     "data": 2,  # splits are shuffled once, max_images is a random choice
+    "cache": 1,
     "pretrain": 1,
     "extractor": 1,
+    "clip": 1,
     "similarity": 3,  # groups of images, each stratified in t
     "decouple": 1,
     "fisher": 1,
@@ -43,6 +50,7 @@ VERSIONS: dict[StageName, int] = {
     "merge": 2,  # merge.json beside the model
     "sample": 1,
     "features": 2,  # logits too; the statistics of real images beside
+    "clip_score": 1,
     "evaluate": 3,  # density, coverage, Inception score
     "cost": 3,  # load time
     "activations": 2,  # channels compared between two parts of space
@@ -101,13 +109,17 @@ class Vertices:
         seed: int | None,
         **options: Any,
     ) -> Node:
-        inputs = {name: parent.digest for name, parent in parents.items()}
-        key = Key(stage, VERSIONS[stage], self._covered(settings, parents), inputs, seed)
-        made = Node(key, label, parents, **options)
+        made = Node(self._key(stage, settings, parents, seed), label, parents, **options)
         known = next((node for node in self.nodes if node.digest == made.digest), None)
         if known is None:
             self.nodes.append(made)
         return known or made
+
+    def _key(
+        self, stage: StageName, settings: Mapping[str, Any], parents: Mapping[str, Node | Input], seed: int | None
+    ) -> Key:
+        inputs = {name: parent.digest for name, parent in parents.items()}
+        return Key(stage, VERSIONS[stage], self._covered(settings, parents), inputs, seed)
 
     def _covered(self, settings: Mapping[str, Any], parents: Mapping[str, Node | Input]) -> Mapping[str, Any]:
         """The settings that enter a stage's key."""

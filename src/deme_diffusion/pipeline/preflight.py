@@ -13,12 +13,16 @@ from deme_diffusion.data.sources import Pixels
 from deme_diffusion.data.splits import Split, to_pixels
 from deme_diffusion.decoupling.switches import check_compiler
 from deme_diffusion.errors import MachineError, UserError
+from deme_diffusion.evaluation.clip.score import load_clip
 from deme_diffusion.evaluation.extractors import Extractor, Kind, load_extractor
 from deme_diffusion.evaluation.extractors.classifier import check_stages
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.write import shard_bytes
 from deme_diffusion.models.ddpm import DDPM
+from deme_diffusion.models.denoiser import Prompt
 from deme_diffusion.models.devices import device_of
+from deme_diffusion.models.latent import LatentDenoiser
+from deme_diffusion.models.lora import layers_for
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.workbench import Workbench
@@ -32,15 +36,21 @@ Problem = tuple[str, UserError | MachineError]
 def check(bench: Workbench, nodes: Sequence[Node]) -> None:
     """Before the first training among the stages that are left to do, the images being indexed.
 
-    Raises UserError (MachineError where the machine lacks a compiler) for settings that this machine cannot follow, an
-    extractor that does not take the images, and labels that a classifier would lack.
+    Raises UserError (MachineError where the machine lacks a compiler) for settings that this machine or the base cannot
+    follow, an extractor that does not take the images, and labels that a classifier would lack.
     """
     recipe, extractor = bench.recipe, bench.graph.extractor
     for _, error in settings_problems(recipe, [name for name in SECTIONS if any(n.stage == name for n in nodes)]):
         raise error
     if any(node.stage == "merge" for node in nodes):
         check_patterns(bench)
+    if recipe.model.latent:
+        check_asked(bench)
+    if recipe.decouple.lora_rank is not None and any(node.stage == "decouple" for node in nodes):
+        check_targets(bench)
     train = bench.splits["train"]
+    if isinstance(bench.graph.clip, Input) and any(node.stage == "clip_score" for node in nodes):
+        load_clip(bench.graph.clip.folder)
     if isinstance(extractor, Input):
         if any(extractor in node.parents.values() for node in nodes):
             try_extractor(extractor.folder, recipe.extractor.kind, to_pixels(train.images([0])))
@@ -61,6 +71,23 @@ def check_patterns(bench: Workbench) -> None:
     experts = bench.recipe.decouple.num_ranges
     weights = MergeWeights((0.0,) * experts, merge.weights_for, merge.keep)
     weights.check(list(module.state_dict()), experts)
+
+
+def check_asked(bench: Workbench) -> None:
+    """Raises UserError for a size or a guidance that the stock pipeline of a latent family does not sample with."""
+    denoiser, recipe = bench.denoiser, bench.recipe
+    assert isinstance(denoiser, LatentDenoiser), "checked by the settings"
+    prompt: Prompt = 0 if denoiser.takes == "class" else ""
+    for sampler in (*recipe.evaluate.samplers, recipe.merge.sampler):
+        denoiser.asked([prompt], sampler.guidance_scale)
+
+
+def check_targets(bench: Workbench) -> None:
+    """Raises UserError for layers that a LoRA is to adapt and the base does not have."""
+    base = bench.graph.base
+    made = isinstance(base, Input) or bench.store.find(base.key) is not None
+    if made:
+        layers_for(bench.denoiser.module, bench.recipe.decouple.lora_targets)
 
 
 def settings_problems(recipe: Recipe, sections: Sequence[str]) -> Iterator[Problem]:

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from deme_diffusion.config import Recipe, RuntimeSettings, SamplerSettings
+from deme_diffusion.config import TAKES, Recipe, RuntimeSettings, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.evaluation.export import CURSOR, GRID, IMAGES, Format, ImageFolder
-from deme_diffusion.evaluation.samplers import check_sampler
+from deme_diffusion.evaluation.export import CURSOR, GRID, IMAGES, Format, ImageFolder, Prompt
 from deme_diffusion.files import canonical_digest, part_of, write_bytes
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import resolve, timesteps_of
 from deme_diffusion.pipeline.node import Node, Served
 from deme_diffusion.pipeline.run import Run
+from deme_diffusion.pipeline.sampling_choice import PIPELINE, SamplerChoice, by_seed, family_of, given_prompts
 from deme_diffusion.pipeline.workers import threads_of
 from deme_diffusion.processes import is_main
 from deme_diffusion.recipes import RESOLVED
@@ -32,35 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 GRID_IMAGES, GRID_PIXELS = 64, 32
-PIPELINE = "model_index.json"
 Opened = tuple["Denoiser", "nn.Module"]
-
-
-@dataclass(frozen=True)
-class SamplerChoice:
-    """What was asked of the sampler; None leaves it as the recipe has it."""
-
-    name: str | None = None
-    num_inference_steps: int | None = None
-    eta: float | None = None
-    timestep_spacing: str | None = None
-
-    def of(self, listed: Sequence[SamplerSettings], num_timesteps: int) -> SamplerSettings:
-        """The first sampler of that name (or at all) in the list, changed as asked; a new one where none is listed.
-
-        Raises UserError where diffusers has none such, or it would ignore a setting.
-        """
-        named = [sampler for sampler in listed if self.name in (None, sampler.name)]
-        steps = listed[0].num_inference_steps if listed else min(50, num_timesteps)
-        start = named[0].model_dump() if named else {"num_inference_steps": steps}
-        changes = {key: value for key, value in vars(self).items() if value is not None}
-        try:
-            sampler = SamplerSettings.model_validate({**start, **changes})
-        except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            raise UserError(f"--sampler: {wrong['loc'][0]}: {wrong['msg']} (given: {wrong['input']!r})") from None
-        check_sampler(sampler, num_timesteps, key="--sampler")
-        return sampler
+Asked = Callable[[Sequence[int]], "list[Prompt] | None"]
+"""Seeds -> what their images are asked for by; None where the model takes nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +77,8 @@ def _same(one: Served, other: Served) -> bool:
 class Sampling:
     """Images of one model by one sampler, into one folder: checked before anything is computed, then made.
 
-    `prepare` makes the model's stages, in every process of a launch; `opened` loads it, in the main one.
+    `prepare` makes the model's stages, in every process of a launch; `opened` loads it, in the main one. `asked`: what
+    each seed's image is asked for by, known once the stages are made.
     """
 
     images: ImageFolder
@@ -113,13 +86,14 @@ class Sampling:
     runtime: RuntimeSettings
     prepare: Callable[[], object]
     opened: Callable[[], Opened]
+    asked: Asked = lambda seeds: None
 
     def make(self, seeds: Sequence[int], *, grid: bool = False) -> Samples:
         """An image for each seed; those that are there already are not made again."""
         self.images.check(seeds)
         self.prepare()
         if is_main():
-            _sample_into(self.images, seeds, self.sampler, self.runtime, self.opened)
+            _sample_into(self, seeds)
         return self._made(seeds, grid)
 
     def copy(self, run: Run, stage: Node, *, grid: bool = False) -> Samples:
@@ -133,7 +107,7 @@ class Sampling:
         self.images.check(seeds)
         run.execute([stage])
         if is_main():
-            self.images.begin(seeds)
+            self.images.begin(seeds, self.asked(range(len(seeds))))
             self.images.copy(seeds, np.load(run.store.folder(stage.key) / IMAGES, mmap_mode="r"))
         return self._made(seeds, grid)
 
@@ -146,9 +120,21 @@ class Sampling:
         return Samples(self.images.path, model, self.sampler.label, list(seeds), self.images.files(seeds))
 
 
-def of_run(run: Run, served: Served, choice: SamplerChoice, images: Path | None, format: Format) -> Sampling:
-    """Images of a model of a run. Raises UserError for a sampler that is not to be had."""
-    sampler = choice.of(run.recipe.evaluate.samplers, run.graph.division.num_timesteps)
+def of_run(
+    run: Run,
+    served: Served,
+    choice: SamplerChoice,
+    images: Path | None,
+    format: Format,
+    prompts: str | None = None,
+) -> Sampling:
+    """Images of a model of a run, asked for by `prompts` (a text or a file), or else as the table's images are.
+
+    Raises UserError for a sampler that is not to be had, and prompts that the model does not take.
+    """
+    model = run.recipe.model
+    sampler = choice.of(run.recipe.evaluate.samplers, run.graph.division.num_timesteps, model.family)
+    given = None if prompts is None else given_prompts(prompts, model.family)
     digest = served.parts[0].digest
     if served.ensemble:
         parts = [part.digest for part in served.parts]
@@ -161,8 +147,17 @@ def of_run(run: Run, served: Served, choice: SamplerChoice, images: Path | None,
         bench = Workbench(run.graph, run.store)
         return bench.denoiser, bench.module(served)
 
+    def asked(seeds: Sequence[int]) -> list[Prompt] | None:
+        from deme_diffusion.pipeline.prompted import Prompted
+
+        found = by_seed(given, seeds) if given else Prompted(run.graph, run.store).asked_at(seeds)
+        return None if found is None else list(found)
+
+    nodes = stages_of(served)
+    if given is None and run.graph.asking.takes != "nothing":
+        nodes += [part for part in run.graph.asked().values() if isinstance(part, Node)]
     target = ImageFolder(folder, format, _protocol(served.name, digest, sampler))
-    return Sampling(target, sampler, run.recipe.runtime, lambda: run.execute(stages_of(served)), opened)
+    return Sampling(target, sampler, run.recipe.runtime, lambda: run.execute(nodes), opened, asked)
 
 
 def stages_of(served: Served) -> list[Node]:
@@ -188,10 +183,16 @@ def is_pipeline(reference: str) -> bool:
     return (path / PIPELINE).is_file() and not (path / RESOLVED).is_file()
 
 
-def of_pipeline(folder: Path, recipe: Recipe, choice: SamplerChoice, images: Path, format: Format) -> Sampling:
-    """Images of a plain pipeline folder; of the recipe only the family and `runtime` matter."""
+def of_pipeline(
+    folder: Path, recipe: Recipe, choice: SamplerChoice, images: Path, format: Format, prompts: str | None = None
+) -> Sampling:
+    """Images of a plain pipeline folder; of the recipe only `runtime` matters. UserError where it needs prompts."""
     found = resolve(str(folder), None, key="sample", needs=(PIPELINE,), download=False)
-    sampler = choice.of([], timesteps_of(found))
+    name = family_of(folder)
+    sampler = choice.of([], timesteps_of(found), name)
+    if prompts is None and TAKES[name] != "nothing":
+        raise UserError(f"{folder}: a pipeline that takes {TAKES[name]}, whose images need --prompts: a text or a file")
+    given = None if prompts is None else given_prompts(prompts, name)
     runtime = recipe.runtime
 
     def opened() -> Opened:
@@ -200,42 +201,44 @@ def of_pipeline(folder: Path, recipe: Recipe, choice: SamplerChoice, images: Pat
         from deme_diffusion.models.families import family
 
         device = device_of(runtime.device)
-        denoiser = family(recipe.model.family).load(folder)
+        denoiser = family(name).load(folder)
         module = projection.fold_into(denoiser.component_from(folder), part_of(folder, denoiser.component))
         return denoiser, module.to(device)
 
     target = ImageFolder(images, format, _protocol(folder.resolve().name, found.digest, sampler))
-    return Sampling(target, sampler, runtime, lambda: None, opened)
+    return Sampling(
+        target, sampler, runtime, lambda: None, opened, lambda seeds: by_seed(given, seeds) if given else None
+    )
 
 
 def _protocol(model: str, digest: str, sampler: SamplerSettings) -> dict[str, Any]:
     return {"model": model, "model_digest": digest, "sampler": sampler.model_dump(mode="json")}
 
 
-def _sample_into(
-    images: ImageFolder,
-    seeds: Sequence[int],
-    sampler: SamplerSettings,
-    runtime: RuntimeSettings,
-    opened: Callable[[], Opened],
-) -> None:
+def _sample_into(one: Sampling, seeds: Sequence[int]) -> None:
     import torch
 
     from deme_diffusion.evaluation.sample import make_scheduler, sample_batch, sample_seeds_to
 
+    images, sampler = one.images, one.sampler
     todo = list(seeds) if images.format == "npy" else images.missing(seeds)
     log.info("%d of %d images are to be sampled", len(todo), len(seeds))
     if not todo:
-        images.begin(seeds)
+        images.begin(seeds, one.asked(seeds))
         return
-    torch.set_num_threads(threads_of(runtime, alone=True))
-    denoiser, module = opened()
+    torch.set_num_threads(threads_of(one.runtime, alone=True))
+    denoiser, module = one.opened()
     make_scheduler(denoiser, sampler)
-    images.begin(seeds)  # only now: a model or sampler that is refused leaves nothing behind
-    size = runtime.sample_batch_size
+    asked = one.asked(seeds)
+    images.begin(seeds, asked)  # only now: a model or sampler that is refused leaves nothing behind
+    size = one.runtime.sample_batch_size
+    known = dict(zip(seeds, asked or (), strict=False))
+    prompts = None if asked is None else [known[seed] for seed in todo]
     if images.format == "npy":
-        sample_seeds_to(images.path, denoiser, module, sampler, seeds, batch_size=size, cursor_name=CURSOR)
+        options: dict[str, Any] = {"batch_size": size, "prompts": prompts, "cursor_name": CURSOR}
+        sample_seeds_to(images.path, denoiser, module, sampler, seeds, **options)
         return
     for first in range(0, len(todo), size):
         batch = todo[first : first + size]
-        images.write(batch, sample_batch(denoiser, module, sampler, batch))
+        wanted = None if prompts is None else prompts[first : first + size]
+        images.write(batch, sample_batch(denoiser, module, sampler, batch, prompts=wanted))

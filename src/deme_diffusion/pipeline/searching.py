@@ -34,6 +34,7 @@ from deme_diffusion.merging.search import (
     score,
 )
 from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.models.precision import in_float32
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.measure import Measuring
 from deme_diffusion.pipeline.merges import HowToMerge
@@ -81,9 +82,14 @@ class Asked:
         return self.merger.into(self.shell, self.compose(weights))
 
     @cached_property
+    def exact_shell(self) -> nn.Module:
+        """The same in float32, for losses: differences between candidates are smaller than half precision's rounding."""
+        return in_float32(self.shell)
+
+    @cached_property
     def differential(self) -> Differential:
         """How the merged model depends on the weights."""
-        return Differential(self.merger, self.shell, self.compose)
+        return Differential(self.merger, self.exact_shell, self.compose)
 
     @cached_property
     def metric(self) -> Journal:
@@ -98,6 +104,7 @@ class Asked:
             self.seed,
             settings.num_images,
             stages.recipe.runtime.sample_batch_size,
+            stages.searched_by(settings.num_images),
         )
         return Journal(self.path, NAMES["fd"], objective, self.budget)
 
@@ -110,7 +117,7 @@ class Asked:
             self.stages.fixed_noise("search", ranges_of_node(self.node)),
             base,
             experts,
-            self.materialise,
+            lambda weights: self.merger.into(self.exact_shell, self.compose(weights)),
             relative,
             self.differential,
             self.settings.gradient_batch_size,

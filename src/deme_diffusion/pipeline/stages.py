@@ -14,7 +14,6 @@ from torch import nn
 
 from deme_diffusion.artefacts import WORK
 from deme_diffusion.config import Recipe
-from deme_diffusion.data.index import make_index
 from deme_diffusion.decoupling.initial import start_of
 from deme_diffusion.decoupling.step import Job
 from deme_diffusion.decoupling.switches import switched
@@ -24,30 +23,37 @@ from deme_diffusion.evaluation import fisher
 from deme_diffusion.evaluation.extractors.classifier import train_extractor
 from deme_diffusion.evaluation.sample import sample_pixels
 from deme_diffusion.files import part_of, write_bytes, write_text
+from deme_diffusion.lora import base_record
 from deme_diffusion.merging import record
 from deme_diffusion.merging.checkpoints import MODEL_INDEX, locate
+from deme_diffusion.merging.lora_write import readme, write_lora
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.write import write_into
 from deme_diffusion.models import projection
 from deme_diffusion.models.denoiser import Denoiser
+from deme_diffusion.models.lora import LowRank
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline.analysing import Analysing
-from deme_diffusion.pipeline.inputs import TRAINED_ON, trained_on
+from deme_diffusion.pipeline.inputs import TRAINED_ON, Input, trained_on
 from deme_diffusion.pipeline.merges import HowToMerge
 from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.preparing import Preparing
 from deme_diffusion.pipeline.searching import SEARCH, experts_of
 from deme_diffusion.pipeline.workbench import seed_of_node
 from deme_diffusion.processes import is_main
 from deme_diffusion.report.card import expert_card, model_card
 from deme_diffusion.report.figures import sample_grid
+from deme_diffusion.report.lora_card import lora_card
+from deme_diffusion.report.usage import usage
 from deme_diffusion.rng import seed_of
 from deme_diffusion.weight_files import read_json
+from deme_diffusion.weights import Weights
 
 log = logging.getLogger(__name__)
 PREVIEW_IMAGES = 64
 
 
-class Stages(Analysing):
+class Stages(Analysing, Preparing):
     """Each method `_<stage>` fills the folder of one stage: here those that train and merge."""
 
     def make(self, node: Node) -> Callable[[Path], Mapping[str, Any] | None]:
@@ -59,10 +65,6 @@ class Stages(Analysing):
                 return stage(node, folder)
 
         return made
-
-    def _data(self, node: Node, folder: Path) -> Mapping[str, Any]:
-        limit = self.recipe.runtime.cache_images_gb * 1e9
-        return make_index(self.recipe.data, folder, commit=self.graph.source.commit, limit=limit)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -84,13 +86,31 @@ class Stages(Analysing):
 
     def _decouple(self, node: Node, folder: Path) -> Mapping[str, Any]:
         start = start_of(self.recipe.decouple, seed_of_node(node), self.folder(self.graph.base))
-        results = self._train(self.denoiser, replace(job_of(self.recipe, node), start=start), folder)
-        if is_main():
+        job = replace(job_of(self.recipe, node), start=start)
+        if job.lora is not None:
+            job = replace(job, lora=replace(job.lora, base=self._base_record()))
+        results = self._train(self.denoiser, job, folder)
+        if is_main() and job.lora is not None:
+            averaged = (folder / "raw").is_dir()
+            card = lora_card(node.label, self._loadable(), self.denoiser.component, averaged=averaged)
+            write_text(folder / "README.md", card)
+        elif is_main():
             name, kind = self.denoiser.component, type(self.denoiser.module).__name__
             projected, averaged = (folder / name / projection.FILE).is_file(), (folder / "raw").is_dir()
             card = expert_card(node.label, self.graph.base.label, name, kind, projected=projected, averaged=averaged)
             write_text(folder / "README.md", card)
         return results
+
+    def _loadable(self) -> str:
+        """By what stock diffusers loads the base; `base` is its link in the run's folder."""
+        label = self.graph.base.label
+        given = isinstance(self.graph.base, Input) and not label.startswith("packaged:")
+        return label.split("@")[0] if given else "base"
+
+    def _base_record(self) -> dict[str, Any]:
+        """What a LoRA says of the model that it is for."""
+        with Weights(self.component_folder(self.graph.base)) as base:
+            return base_record(base, full_hash=True)
 
     def _train(self, denoiser: Denoiser, job: Job, folder: Path) -> Mapping[str, Any]:
         ranges = reported(job.subset, denoiser.num_train_timesteps)
@@ -99,7 +119,9 @@ class Stages(Analysing):
 
         def preview(module: nn.Module, path: Path) -> None:
             sampler = self.recipe.merge.sampler
-            pixels = sample_pixels(denoiser, module, sampler, seed=0, count=PREVIEW_IMAGES, batch_size=PREVIEW_IMAGES)
+            count, size = PREVIEW_IMAGES, min(PREVIEW_IMAGES, batch_size)
+            prompts = self.searched_by(count)
+            pixels = sample_pixels(denoiser, module, sampler, seed=0, count=count, batch_size=size, prompts=prompts)
             write_bytes(path, sample_grid(pixels, columns=8, scale=4))
 
         return train(
@@ -123,9 +145,12 @@ class Stages(Analysing):
     def _fisher(self, node: Node, folder: Path) -> None:
         """Of the weights and projections as they were trained: D is a parameter of its own, on unfolded weights."""
         expert, what = node.parents["expert"], node.arguments
-        module = projection.attach(
-            self.denoiser.component_from(self.folder(expert)), projection.load(self.component_folder(expert))
-        )
+        if self.lora(expert) is not None:
+            module = self.dense(expert)
+        else:
+            module = projection.attach(
+                self.denoiser.component_from(self.folder(expert)), projection.load(self.component_folder(expert))
+            )
         fisher.write_fisher(
             folder,
             self.denoiser,
@@ -144,6 +169,8 @@ class Stages(Analysing):
         dtype = None if how.dtype is None else getattr(torch, how.dtype)
         base = locate(self.folder(self.graph.base), self.denoiser.component, what="base")
         whole = emptied(folder / WORK / ".merged")  # hidden: half of it could look like a model
+        if self.recipe.decouple.lora_rank is not None and not how.fuse:
+            return self._merge_loras(node, weights, recipe, dtype, folder) | found
         with self._merger(node) as merger:
             seen, size = record.statistics_of(merger), how.max_shard_size
             write_into(merger, weights, base, whole, dtype=dtype, max_shard_size=size, recipe=recipe, observe=seen)
@@ -163,11 +190,28 @@ class Stages(Analysing):
         record.write(whole, kept)
         # Runs that share this artefact have other recipes: a run's own card, with its table, is model_card.md.
         card = {"recipe": f"merge {node.digest}", "weights": {"merged": list(weights.values)}, "merge": kept}
-        about = {"base_model": self.graph.base.label, "projection": found.get("projection")}
+        about = {"base_model": self.graph.base.label, "projection": found.get("projection")} | usage(self.recipe, settled=False)
         write_text(whole / "README.md", model_card({**card, **about}))
         take_over(whole, folder, last=MODEL_INDEX)
         told = weights.as_dict()
         return {"weights": told.pop("values"), **told, **found}
+
+    def _merge_loras(
+        self, node: Node, weights: MergeWeights, recipe: Mapping[str, Any], dtype: torch.dtype | None, folder: Path
+    ) -> dict[str, Any]:
+        """LoRA experts become one LoRA for the base."""
+        how: HowToMerge = node.arguments["how"]
+        with self._merger(node) as merger:
+            for note in merger.notes:
+                log.warning("%s: %s", node.label, note)
+            source, score = self._source(node, weights), self._scores(node)
+            kept = write_lora(
+                merger, weights, folder, source=source, rank=how.lora_rank, dtype=dtype, recipe=recipe, score=score
+            )
+        record.write(folder, kept)
+        write_text(folder / "README.md", readme(kept, self._loadable()))
+        told = weights.as_dict()
+        return {"weights": told.pop("values"), **told, "lora": kept["lora"]}
 
     def weights_of(self, node: Node) -> tuple[MergeWeights, dict[str, Any]]:
         """The weights of a merge stage, and how they were found."""
@@ -204,7 +248,7 @@ def job_of(recipe: Recipe, node: Node) -> Job:
         pretrain = recipe.pretrain
         everything = whole(pretrain.scheduler.num_train_timesteps)
         return Job("base", pretrain, everything, pretrain.total_steps, pretrain.learning_rate, seed_of_node(node))
-    settings, what = recipe.decouple, node.arguments
+    settings, what, rank = recipe.decouple, node.arguments, recipe.decouple.lora_rank
     seed = seed_of_node(node) if not what["copy"] else seed_of(seed_of_node(node), "copy", what["copy"])
     return Job(
         node.label,
@@ -226,6 +270,7 @@ def job_of(recipe: Recipe, node: Node) -> Job:
         multi_task_clusters=settings.multi_task_clusters,
         multi_task_division=settings.multi_task_division,
         multi_task_update_steps=settings.multi_task_update_steps,
+        lora=None if rank is None else LowRank(rank, settings.lora_alpha, settings.lora_targets),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deme_diffusion.artefacts import Store
+from deme_diffusion.config import SamplerSettings
 from deme_diffusion.division import names_of
 from deme_diffusion.evaluation.metrics import mean_and_spread
 from deme_diffusion.evaluation.scores import MOST_NEIGHBOURS_IMAGES, PUBLISHED, SPLITS
@@ -17,6 +18,7 @@ from deme_diffusion.report.cells import REAL_IMAGES, Figure, Row
 NAMED = ("FD", PUBLISHED, "KID", "IS")
 """Scores that are named by the extractor."""
 SCORES = (*NAMED, "precision", "recall", "density", "coverage")
+CLIP = "CLIP"
 MEGABYTE = 1e6
 
 
@@ -81,27 +83,60 @@ def _loss_figure(graph: Graph, values: list[float], by_seed: dict[int, Any], poi
 def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: str) -> dict[str, Figure]:
     settings, figures = graph.recipe.evaluate, dict[str, Figure]()
     first = next(iter(by_seed.values()))
-    measured = next(iter(first["images"].values()))  # by its extractor: not all have classes
+    measured: dict[str, Any] = next(iter(first["images"].values()), {})  # by its extractor: not all have classes
     for sampler in settings.samplers:
-        protocol = {
-            "extractor": f"{extractor} {graph.extractor.digest}",
-            "preprocessing": first["preprocessing"],
-            "sampler": sampler.name,
-            "steps": sampler.num_inference_steps,
-            "eta": sampler.eta,
-            "n": settings.num_images,
-            "data": f"{graph.recipe.data.source} {graph.data.digest}",
-            "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
-        }
+        protocol = _sampled_by(graph, sampler)
+        if "real" in first.get("clip", {}):
+            protocol["prompts"] = "the captions of each"
+        compared = {"extractor": f"{extractor} {graph.extractor.digest}", "preprocessing": first.get("preprocessing")}
         for score in (score for score in SCORES if score in measured):
             values, count = _values(by_seed, sampler.label, score)
             name = _score_name(graph, score, extractor)
-            figure = _figure(values, count, list(by_seed), {**protocol, **_compared_with(graph, first, score)})
+            told = {**compared, **protocol, **_compared_with(graph, first, score)}
+            figure = _figure(values, count, list(by_seed), told)
             if count != settings.num_images:  # all of these metrics depend on n, and there are only so many real images
                 reason = f"{count:,} images and views, fewer than the {settings.num_images:,} of the models"
                 figure |= {"mean": None, "spread": None, "reason": reason}
             figures[f"{name} {sampler.label}"] = figure
+        if "clip" in first:
+            figures[f"{CLIP}({graph.clip_name}) {sampler.label}"] = _clip_score(graph, by_seed, sampler, protocol)
     return figures
+
+
+def _sampled_by(graph: Graph, sampler: SamplerSettings) -> dict[str, Any]:
+    """How the images of one column were made."""
+    settings, asking = graph.recipe.evaluate, graph.asking
+    told = {
+        "sampler": sampler.name,
+        "steps": sampler.num_inference_steps,
+        "eta": sampler.eta,
+        "n": settings.num_images,
+        "data": f"{graph.recipe.data.source} {graph.data.digest}",
+        "seeds": f"{len(graph.recipe.seeds)} training x {settings.sampling_seeds} sampling",
+    }
+    if asking.takes == "nothing":
+        return told
+    guidance = "the pipeline's own" if sampler.guidance_scale is None else sampler.guidance_scale
+    prompts = "report split" if asking.prompts is None else f"{asking.settings.protocol} {asking.prompts.digest}"
+    return {**told, "guidance": guidance, "prompts": prompts}
+
+
+def _clip_score(
+    graph: Graph, by_seed: dict[int, dict[str, Any]], sampler: SamplerSettings, protocol: dict[str, Any]
+) -> Figure:
+    """100 max(cos, 0), a mean over images, which does not depend on how many there are; and its standard error."""
+    assert graph.clip is not None, "measured"
+    values, count = _values(by_seed, sampler.label, CLIP, of="clip")
+    first = next(iter(next(iter(by_seed.values()))["clip"].values()))
+    told = {key: value for key, value in protocol.items() if key != "n"}
+    told |= {"clip": f"{graph.clip_name} {graph.clip.digest}", "preprocessing": first["preprocessing"]}
+    told |= {"texts cut": first["texts_cut"]} if first["texts_cut"] else {}
+    figure = _figure(values, count, list(by_seed), told)
+    if count > 1:
+        errors, _ = _values(by_seed, sampler.label, "standard_error", of="clip")
+        # Seeds share the prompts, so that their errors are not independent: the mean of them, not one of the mean.
+        figure["error"] = sum(errors) / len(errors)
+    return figure
 
 
 def _score_name(graph: Graph, score: str, extractor: str) -> str:
@@ -117,7 +152,14 @@ def _compared_with(graph: Graph, first: dict[str, Any], score: str) -> dict[str,
         return {"splits": SPLITS}
     if score == PUBLISHED and graph.published:
         return {"reference": f"{graph.published.label} {graph.published.digest}"}
-    against = {"split": "report", "reference": first["reference_images"]}
+    against: dict[str, Any] = {"split": "report", "reference": first["reference_images"]}
+    if graph.asking.reference is not None and graph.asking.protocol is not None:
+        protocol = graph.asking.protocol
+        size = "as large as generated ones" if protocol.side is None else f"at most {protocol.side} pixels a side"
+        found = (
+            f"{first['reference_images']:,} images of {graph.asking.reference.label} {graph.asking.reference.digest}"
+        )
+        against = {"reference": f"{found}, {protocol.fit}, {size}"}
     if score in NAMED:
         return against
     neighbours = settings.neighbours if score in ("precision", "recall") else settings.density_neighbours
@@ -125,11 +167,13 @@ def _compared_with(graph: Graph, first: dict[str, Any], score: str) -> dict[str,
     return {**against, "neighbours": neighbours, "manifold": manifold, "n": n}
 
 
-def _values(by_seed: dict[int, dict[str, Any]], sampler: str, score: str) -> tuple[list[float], int]:
+def _values(
+    by_seed: dict[int, dict[str, Any]], sampler: str, score: str, of: str = "images"
+) -> tuple[list[float], int]:
     """A value for each training seed (mean over its sampling seeds); with one training seed, its sampling seeds'."""
     found = []
     for measured in by_seed.values():
-        sets = [s for name, s in measured["images"].items() if name in ("real",) or name.rpartition("/")[0] == sampler]
+        sets = [s for name, s in measured[of].items() if name in ("real",) or name.rpartition("/")[0] == sampler]
         found.append([float(images[score]) for images in sets])
         count = int(sets[0]["n"])
     return (found[0] if len(found) == 1 else [sum(v) / len(v) for v in found]), count

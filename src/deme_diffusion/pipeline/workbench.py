@@ -13,21 +13,27 @@ import torch
 from torch import nn
 
 from deme_diffusion.artefacts import Store
+from deme_diffusion.data.encoded import EncodedSplit, check_shards, open_cache
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.decoupling.switches import laid_out
 from deme_diffusion.division import from_runs
 from deme_diffusion.files import part_of
+from deme_diffusion.lora import Lora, read_lora
+from deme_diffusion.lora_files import LORA_NAME
 from deme_diffusion.models import projection
+from deme_diffusion.models.adapters import SwitchedEnsemble
 from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.devices import device_of
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
+from deme_diffusion.models.lora import attach, fused
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline import images
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node, Served
+from deme_diffusion.weight_files import read_json
 
 T = TypeVar("T")
 
@@ -70,13 +76,22 @@ class Workbench:
         splits = self.shared.get("splits", key, lambda: load_splits(settings, folder, commit))
         splits = {name: replace(split, carries=self.recipe.model.takes) for name, split in splits.items()}
         images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
+        images.check_prompts(splits, self.recipe.model.takes)
         images.check_enough({name: len(split) for name, split in splits.items()}, self.recipe.evaluate)
         return splits
 
     @property
     def encoded(self) -> Mapping[SplitName, Any]:
         """The splits as trainings and losses read them: encoded beforehand where the recipe has a cache."""
-        return self.splits
+        cache = self.graph.cache
+        if cache is None:
+            return self.splits
+        return self.shared.get("encoded", (cache.digest, str(self.folder(cache))), lambda: self._opened(cache))
+
+    def _opened(self, cache: Node | Input) -> Mapping[SplitName, EncodedSplit]:
+        if isinstance(cache, Input):  # nobody's manifest vouches for it
+            check_shards(cache.folder)
+        return open_cache(self.folder(cache), self.splits)
 
     @property
     def _taken(self) -> tuple[int, ...]:
@@ -106,19 +121,60 @@ class Workbench:
         return device_of(self.recipe.runtime.device)
 
     def component(self, part: Node | Input) -> nn.Module:
-        """One model's component with its projections: folded where that is exact, attached where it is not."""
+        """One model's component with its projections: folded where that is exact, attached where it is not.
+
+        Of a LoRA it is the base's with the adapter in it, as stock diffusers loads it.
+        """
+        if (lora := self.lora(part)) is not None:
+            return laid_out(attach(self._bare(), lora).to(self.device), self.recipe.runtime)
         module = self.denoiser.component_from(self.folder(part))
         module = projection.fold_into(module, self.component_folder(part)).to(self.device)
         return laid_out(module, self.recipe.runtime)
 
+    def dense(self, part: Node | Input) -> nn.Module:
+        """`component` under the base's own names: of a LoRA in float32, its change added to the weights."""
+        lora = self.lora(part)
+        return self.component(part) if lora is None else fused(self._bare(), lora).to(self.device)
+
+    def _counted(self, served: Served) -> int:
+        """Parameters kept to serve a row's model; of LoRAs the base's count once."""
+        loras = [lora for part in served.parts if (lora := self.lora(part)) is not None]
+        own = [sum(f.down.numel() + f.up.numel() for f in lora.layers.values()) for lora in loras]
+        if loras:
+            return sum(own) + sum(p.numel() for p in self.denoiser.module.parameters())
+        single = self.component(served.parts[0])
+        return (sum(p.numel() for p in single.parameters()) + projection.extra_parameters(single)) * len(served.parts)
+
+    def _stored(self, served: Served) -> list[Path]:
+        """Folders with the weight files that serve a row's model."""
+        base = [self.component_folder(self.graph.base)] if any(map(self.lora, served.parts)) else []
+        return base + [self.component_folder(part) for part in served.parts]
+
     def component_folder(self, part: Node | Input) -> Path:
-        """Where a model's component lies."""
-        return part_of(self.folder(part), self.denoiser.component)
+        """Where a model's component lies; of a LoRA, what is loaded into the base's."""
+        folder = self.folder(part)
+        return folder if (folder / LORA_NAME).is_file() else part_of(folder, self.denoiser.component)
+
+    def lora(self, part: Node | Input) -> Lora | None:
+        """What a model is beside the base, where it is a LoRA for it."""
+        if not (self.folder(part) / LORA_NAME).is_file():
+            return None
+        config = read_json(part_of(self.folder(self.graph.base), self.denoiser.component) / "config.json")
+        return read_lora(self.folder(part), self.denoiser.component, config)
+
+    def _bare(self) -> nn.Module:
+        """The base's component, anew."""
+        return self.denoiser.component_from(self.folder(self.graph.base))
 
     def module(self, served: Served) -> nn.Module:
         """A row's model, ready to run."""
         if not served.ensemble:
             return self.component(served.parts[0])
+        loras = [self.lora(part) for part in served.parts]
+        if whole := [lora for lora in loras if lora is not None]:
+            assert len(whole) == len(loras), "all of a recipe's experts are trained alike"
+            base = laid_out(self._bare().to(self.device), self.recipe.runtime)
+            return SwitchedEnsemble(base, whole, self.graph.division, self.denoiser.index).to(self.device)
         loaders = [lambda part=part: self.component(part) for part in served.parts]
         resident = self.recipe.runtime.resident_experts
         return RoutedEnsemble(loaders, self.graph.division, self.denoiser.index, resident=resident).to(self.device)

@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 24
 
 def most_images(session: Session) -> int:
     """How many images a page may ask for at once."""
-    return max(1, min(MOST_IMAGES, MOST_BYTES // (3 * prod(session.stages.denoiser.sample_shape))))
+    return max(1, min(MOST_IMAGES, MOST_BYTES // (3 * prod(session.stages.denoiser.image_shape))))
 
 
 def facts(session: Session, images: int) -> dict[str, Any]:
@@ -121,8 +121,15 @@ def samples(session: Session, asked: Wanted, ticket: Ticket) -> dict[str, Any]:
         "change": merged.change,
         "difference": float(np.abs(changes).mean()),
         "sampler": asked.sampler.label,
+        "prompts": prompts(session, asked.seeds),
         "command": command(session, asked.weights),
     }
+
+
+def prompts(session: Session, seeds: Sequence[int]) -> list[str]:
+    """What each image was asked for by, in words; nothing where the model takes nothing."""
+    asked = session.stages.asked_at(seeds) or ()
+    return [f"class {prompt}" if isinstance(prompt, int) else f"“{prompt or ''}”" for prompt in asked]
 
 
 def packed(told: dict[str, Any]) -> bytes:

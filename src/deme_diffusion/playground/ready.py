@@ -24,6 +24,8 @@ BOUNDS = (-0.5, 1.5)
 MOST_RUNS = 50
 """Of a subset that is drawn as a bar."""
 STOCK = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -83,18 +85,18 @@ def _holds_another(run: Run) -> bool:
 
 def samplers(graph: Graph) -> dict[str, SamplerSettings]:
     """Label -> sampler: the recipe's own, then stock ones with as many steps that the model's schedule allows."""
-    listed = graph.recipe.evaluate.samplers
+    listed, family = graph.recipe.evaluate.samplers, graph.recipe.model.family
     offered = {sampler.label: sampler for sampler in listed}
     for name in STOCK:
         stock = SamplerSettings(name=name, num_inference_steps=listed[0].num_inference_steps)
-        if all(stock != own for own in listed) and _fits(stock, graph.division.num_timesteps):
+        if all(stock != own for own in listed) and _fits(stock, graph.division.num_timesteps, family):
             offered[name.removesuffix("Scheduler")] = stock
     return offered
 
 
-def _fits(sampler: SamplerSettings, num_timesteps: int) -> bool:
+def _fits(sampler: SamplerSettings, num_timesteps: int, family: str) -> bool:
     try:
-        check_sampler(sampler, num_timesteps, key="sampler")
+        check_sampler(sampler, num_timesteps, key="sampler", family=family)
     except UserError:
         return False
     return True
@@ -106,7 +108,7 @@ def sampler_of(graph: Graph, label: str, steps: int) -> SamplerSettings:
     if label not in offered:
         raise UserError(f"sampler: {label!r}; there are {', '.join(offered)}")
     sampler = offered[label].model_copy(update={"num_inference_steps": steps})
-    check_sampler(sampler, graph.division.num_timesteps, key="sampler")
+    check_sampler(sampler, graph.division.num_timesteps, key="sampler", family=graph.recipe.model.family)
     return sampler
 
 

@@ -196,14 +196,15 @@ class Session:
         batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         steps = len(make_scheduler(denoiser, sampler).timesteps) * len(batches)
         watched = _Watched(module, ticket, what, steps, shared=module is denoiser.module)
-        return np.concatenate([sample_batch(denoiser, watched, sampler, batch) for batch in batches])
+        asked = [(batch, self.stages.asked_at(batch)) for batch in batches]
+        return np.concatenate([sample_batch(denoiser, watched, sampler, batch, prompts=by) for batch, by in asked])
 
     # -- losses ------------------------------------------------------------------------------------
 
     @cached_property
     def noise(self) -> FixedNoise:
         """The fixed-noise loss on the search split: weights chosen by it leave the report split untouched."""
-        settings, split = self.recipe.evaluate.loss, self.stages.splits["search"]
+        settings, split = self.recipe.evaluate.loss, self.stages.encoded["search"]
         images = min(LOSS_IMAGES, settings.num_images or len(split), len(split))
         settings = settings.model_copy(update={"num_images": images})
         size = self.recipe.runtime.sample_batch_size
@@ -238,3 +239,12 @@ class _Watched(nn.Module):
         self._ticket.tell(self._doing, min(self.done, self._total), self._total, shared=self._shared)
         self.done += 1
         return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a stock pipeline asks its component for, such as its config: the module's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("module"), name)

@@ -62,6 +62,8 @@ def loading_lines(run: Mapping[str, Any]) -> str:
 
     Projections lie in a folder, and so a model on the hub that has some is fetched into one.
     """
+    if run.get("lora"):
+        return _lora_lines(run)
     named = str(run.get("merged_path", "merged"))
     where, extra = json.dumps(named, ensure_ascii=False), run.get("projection")
     lines = ["from diffusers import DiffusionPipeline"]
@@ -72,12 +74,25 @@ def loading_lines(run: Mapping[str, Any]) -> str:
     if extra:
         lines += ["from deme_diffusion import attach_projection",
                   f"attach_projection(pipeline.{extra['component']}, {where})"]  # fmt: skip
-    return "\n".join([*lines, f"images = {run.get('sample_call', 'pipeline(batch_size=16).images')}"])
+    return "\n".join([*lines, _sampled(run)])
+
+
+def _lora_lines(run: Mapping[str, Any]) -> str:
+    base = run.get("base_model_hub") or run.get("base_model") or "base"
+    base, merged = (json.dumps(str(name), ensure_ascii=False) for name in (base, run.get("merged_path", "merged")))
+    lines = ["from diffusers import DiffusionPipeline", f"pipeline = DiffusionPipeline.from_pretrained({base})"]
+    return "\n".join([*lines, f"pipeline.load_lora_weights({merged})", _sampled(run)])
+
+
+def _sampled(run: Mapping[str, Any]) -> str:
+    return f"images = {run.get('sample_call', 'pipeline(batch_size=16).images')}"
 
 
 def needs(run: Mapping[str, Any]) -> str:
     """What the merged model needs to be loaded; `projection` is the extra module's component and places, if any."""
     extra = run.get("projection")
+    if run.get("lora"):
+        return "Stock diffusers loads it onto its base, which it needs beside it."
     if not extra:
         return "Stock diffusers loads it; nothing else is needed."
     return (
@@ -106,6 +121,11 @@ def _what(run: Mapping[str, Any]) -> str:
         f"A diffusion model of the base's {_compared(run)}: copies of the base were finetuned as experts on"
         " subsets of the timesteps, and their task vectors merged into one set of weights (decouple-then-merge)."
     )
+    if run.get("lora"):
+        what = (
+            "A LoRA for the base: several were trained as experts on subsets of the timesteps, and merged into one"
+            " (decouple-then-merge)."
+        )
     title = f"# {escape_markdown(str(run.get('recipe', 'merged model')))}"
     return "\n\n".join(part for part in (title, paragraph(str(run.get("description") or "")), what) if part)
 

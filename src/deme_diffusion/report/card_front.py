@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from deme_diffusion.report.cells import Figure, direction
+from deme_diffusion.report.usage import task_of
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "diffusion", "model-merging", "decouple-then-merge", "deme-diffusion"]
-TYPES = {"KID": "kid", "IS": "inception-score"}
+TYPES = {"KID": "kid", "IS": "inception-score", "CLIP": "clip_score"}
 """Hub names of metrics; others are named by their first word."""
 COSTS = ("parameters", "latency", "load time", "peak memory", "disk")
 LICENSE = "# license: set it before you publish; the base model's terms apply to this one too"
@@ -24,12 +24,12 @@ Run = Mapping[str, Any]
 
 def front_matter(run: Run) -> str:
     """The block between the dashes; the licence is the user's to state, so that it is a comment."""
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": TASK}
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task_of(run)}
     if base := _hub_name(run.get("base_model_hub")):
-        front |= {"base_model": base, "base_model_relation": "finetune"}
+        front |= {"base_model": base, "base_model_relation": "adapter" if run.get("lora") else "finetune"}
     if data := _hub_data(run):
         front["datasets"] = [data]
-    front["tags"] = TAGS
+    front["tags"] = [*TAGS, *run.get("tags", ()), *(["lora"] if run.get("lora") else [])]
     if results := list(_results(run)):
         front["model-index"] = [{"name": str(run.get("recipe") or "merged"), "results": results}]
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=100)
@@ -66,7 +66,7 @@ def _results(run: Run) -> Iterator[dict[str, Any]]:
     for split, metrics in by_split.items():
         dataset = {"type": data, "name": data if split is None else f"{data}, {split} split"}
         where = {} if split is None else {"split": split}
-        yield {"task": {"type": TASK}, "dataset": {**dataset, **where}, "metrics": metrics}
+        yield {"task": {"type": task_of(run)}, "dataset": {**dataset, **where}, "metrics": metrics}
 
 
 def _finite(figure: Figure) -> bool:

@@ -11,7 +11,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 from deme_diffusion.errors import UserError
 
 REAL_IMAGES = "training images"
-SAMPLING_FIELDS = frozenset({"sampler", "steps", "seeds"})  # real images are scored alike, but nothing samples them
+SAMPLING_FIELDS = frozenset(
+    {"sampler", "steps", "seeds", "prompts", "guidance", "texts cut"}
+)  # real images are scored alike, but nothing samples them
 PROTOCOL_ORDER = ("extractor", "preprocessing", "sampler", "steps", "n", "seeds", "split")
 BETTER: dict[str, Literal["lower", "higher"]] = {
     "fd": "lower",
@@ -26,13 +28,15 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "density": "higher",
     "coverage": "higher",
     "is": "higher",
+    "clip": "higher",
 }
 
 
 class Figure(TypedDict):
     """One metric of one model: mean and spread (standard deviation) over seeds; no mean only with a reason.
 
-    `values`, where there are several seeds, are in their order: what paired differences are taken on.
+    `values`, where there are several seeds, are in their order: what paired differences are taken on. `error`: the
+    standard error of a mean over images.
     """
 
     mean: float | None
@@ -42,6 +46,7 @@ class Figure(TypedDict):
     protocol: dict[str, Any]
     reason: NotRequired[str]
     values: NotRequired[list[float]]
+    error: NotRequired[float]
 
 
 class Row(TypedDict):
@@ -199,6 +204,7 @@ def protocol_text(rows: Sequence[Row], metric: str) -> str:
     if not figures or not figures[0]["protocol"]:
         return ""
     fields = {"n": _sizes(figures), "seeds": _seeds(figures), **figures[0]["protocol"]}
+    fields |= {"standard error over images": error} if (error := _errors(figures)) else {}
     order = [k for k in PROTOCOL_ORDER if k in fields] + sorted(set(fields) - set(PROTOCOL_ORDER))
     return "; ".join(f"{key} {plain(fields[key])}" for key in order if fields[key] not in (None, "", []))
 
@@ -206,6 +212,12 @@ def protocol_text(rows: Sequence[Row], metric: str) -> str:
 def _sizes(figures: Sequence[Figure]) -> str:
     low, high = min(f["n"] for f in figures), max(f["n"] for f in figures)
     return "" if high <= 1 else f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _errors(figures: Sequence[Figure]) -> str:
+    """Of means over images: `0.04`, `0.04 to 0.06`."""
+    errors = [f"{figure['error']:.2g}" for figure in figures if "error" in figure]
+    return " to ".join(dict.fromkeys((min(errors, key=float), max(errors, key=float)))) if errors else ""
 
 
 def _seeds(figures: Sequence[Figure]) -> str:

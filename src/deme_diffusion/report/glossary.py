@@ -26,6 +26,7 @@ METRICS = {
     "precision": "the share of samples that lie near a real image",
     "recall": "the share of real images that lie near a sample",
     "density": "how many neighbourhoods of real images a sample lies in, relative to the expected number",
+    "CLIP": "CLIP score: how well an image fits its prompt, 100 max(cosine, 0) between a CLIP's embeddings of both",
     "coverage": "the share of real images with a sample in their neighbourhood",
 }
 EXTRACTORS = {
@@ -64,7 +65,13 @@ def metric_words(rows: Sequence[Row]) -> Words:
     names = metric_names(rows)
     first = dict.fromkeys(re.split(r"[ (]", name, maxsplit=1)[0] for name in names)
     found = [(word, METRICS[word]) for word in METRICS if word in first]
-    return [*found, *((name, f"the feature extractor: {said}") for name, said in _extractors(names))]
+    found += [(name, f"the feature extractor: {said}") for name, said in _extractors(names)]
+    return [*found, *((name, "the CLIP that the score is taken by") for name in _clips(names))]
+
+
+def _clips(names: Sequence[str]) -> list[str]:
+    scored = (re.match(r"CLIP\(([^)]+)\)", name) for name in names)
+    return list(dict.fromkeys(found[1] for found in scored if found))
 
 
 def _extractors(names: Sequence[str]) -> Iterator[tuple[str, str]]:

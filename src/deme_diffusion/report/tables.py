@@ -128,15 +128,20 @@ def markdown_cell(cell: Cell) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line per model and metric, at full precision; seeds and protocol as compact JSON."""
+    """One line per model and metric, at full precision; seeds and protocol as compact JSON.
+
+    Standard errors of means over images have a column of their own where there are any.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
+    has_errors = any("error" in figure for row in rows for figure in row["metrics"].values())
+    writer.writerow((*CSV_HEADER, *(["standard_error"] if has_errors else [])))
     for row in rows:
         for metric, f in row["metrics"].items():
             numbers = (f["mean"], f["spread"], f["n"])
             lists = (compact(f["seeds"]), compact(f["protocol"]))
-            writer.writerow((row["model"], metric, *numbers, *lists, f.get("reason", "")))
+            error = [f.get("error", "")] if has_errors else []
+            writer.writerow((row["model"], metric, *numbers, *lists, f.get("reason", ""), *error))
     return out.getvalue()
 
 

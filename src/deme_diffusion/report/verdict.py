@@ -1,11 +1,12 @@
 """What a table allows one to say about the merged model, against the base and the best honest control."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deme_diffusion.report.cells import Figure, Row, figure_decimals, metric_names, number
+from deme_diffusion.report.cells import Figure, Row, direction, figure_decimals, metric_names, number
 from deme_diffusion.report.paired import margin_of, paired_differences
 
 CONTROLS = ("all-timesteps", "soup", "all-timesteps-searched")
@@ -46,16 +47,26 @@ class Verdict:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """Compare `merged` with `base` and the best control present, in every FD column."""
-    models = {row["model"]: row["metrics"] for row in rows}
-    pairs = [_compare_column(models, metric) for metric in metric_names(rows) if metric.startswith("FD")]
-    pairs = [pair for pair in pairs if pair]
+    """Compare `merged` with `base` and the best control present, in every FD column, or else by CLIP score.
+
+    Where there is FD, a CLIP score is told beside: one that fell beyond the margin leaves no gain.
+    """
+    fd, clip = (_compared(rows, word) for word in ("FD", "CLIP"))
+    pairs, beside = (fd, clip) if fd else (clip, [])
     if not pairs:
         return Verdict("The table has no FD of both merged and base, so nothing can be concluded.", None, [])
     comparisons = [comparison for pair in pairs for comparison in pair]
-    helps = _helps(pairs)
-    sentences = [_sentence(pair) for pair in pairs]
-    return Verdict(" ".join([*sentences, _conclusion(comparisons, helps)]), helps, comparisons)
+    fell = [comparison for pair in beside for comparison in pair if comparison.outcome == "lower"]
+    helps = _helps(pairs) if not fell else False
+    sentences = [*(_sentence(pair) for pair in pairs), *(_sentence(pair) for pair in beside)]
+    return Verdict(" ".join([*sentences, _conclusion(comparisons, helps, fell)]), helps, comparisons)
+
+
+def _compared(rows: Sequence[Row], word: str) -> list[list[Comparison]]:
+    """The comparisons of each column of a score."""
+    models = {row["model"]: row["metrics"] for row in rows}
+    pairs = (_compare_column(models, name) for name in metric_names(rows) if re.split(r"[ (]", name)[0] == word)
+    return [pair for pair in pairs if pair]
 
 
 def _compare_column(models: dict[str, dict[str, Figure]], metric: str) -> list[Comparison]:
@@ -64,7 +75,8 @@ def _compare_column(models: dict[str, dict[str, Figure]], metric: str) -> list[C
     known = {name: mean for name, mean in means.items() if mean is not None and math.isfinite(mean)}
     if "merged" not in known or "base" not in known:
         return []
-    others = ["base", *sorted((c for c in CONTROLS if c in known), key=lambda c: known[c])[:1]]
+    sign = -1 if direction(metric) == "higher" else 1
+    others = ["base", *sorted((c for c in CONTROLS if c in known), key=lambda c: sign * known[c])[:1]]
     return [_compare(metric, other, models["merged"][metric], models[other][metric]) for other in others]
 
 
@@ -90,7 +102,7 @@ def _helps(pairs: Sequence[Sequence[Comparison]]) -> bool | None:
     outcomes = {comparison.outcome for pair in pairs for comparison in pair}
     if outcomes & UNKNOWN:
         return None
-    if outcomes != {"lower"}:
+    if any(comparison.outcome != direction(comparison.metric) for pair in pairs for comparison in pair):
         return False
     return True if all(len(pair) == 2 for pair in pairs) else None
 
@@ -116,26 +128,25 @@ def _against_base(c: Comparison, numbers: str) -> str:
 def _against_control(base: Outcome, c: Comparison, figure: str) -> str:
     """The rest of the sentence; it reads differently after a gain over the base than after none."""
     control, nothing = f"{c.other} ({figure})", f"no difference that {c.seeds} seeds can show"
-    if base == "lower":
-        return {
-            "lower": f", and than {control}.",
-            "within": f", but not than {control}: {nothing}.",
-            "higher": f", but not than {control}, which is lower.",
-        }[c.outcome]
-    return {
-        "lower": f"; it is lower than {control}.",
-        "within": f"; against {control}, {nothing}.",
-        "higher": f"; {control} is lower.",
-    }[c.outcome]
+    better = direction(c.metric) or "lower"
+    if c.outcome == "within":
+        return f", but not than {control}: {nothing}." if base == better else f"; against {control}, {nothing}."
+    if base == better:
+        return f", and than {control}." if c.outcome == better else f", but not than {control}, which is {better}."
+    return f"; it is {better} than {control}." if c.outcome == better else f"; {control} is {better}."
 
 
-def _conclusion(comparisons: Sequence[Comparison], helps: bool | None) -> str:
+def _conclusion(comparisons: Sequence[Comparison], helps: bool | None, fell: Sequence[Comparison]) -> str:
     if any(c.outcome == "one seed" for c in comparisons):
         return f"{_scored(comparisons)} Nothing can be concluded from one training seed."
     if alike := next((c for c in comparisons if c.outcome == "alike"), None):
         return f"All {alike.seeds} seeds differ alike in {alike.metric}, which gives no interval to conclude from."
+    if fell:
+        than = " and ".join(dict.fromkeys(c.other for c in fell))
+        return f"So decouple-then-merge is not shown to help here: images fit their prompts less than {than}'s."
     if helps is None:
-        return "Without a control of equal budget in every FD column, the gain cannot be credited to decoupling."
+        kind = comparisons[0].metric.partition("(")[0]
+        return f"Without a control of equal budget in every {kind} column, the gain cannot be credited to decoupling."
     if helps:
         return "So here decouple-then-merge helps."
     return "So decouple-then-merge is not shown to help here."
@@ -145,7 +156,7 @@ def _scored(comparisons: Sequence[Comparison]) -> str:
     """The signs of the differences in words, which claim nothing: `merged scored worse than base by both samplers.`"""
     columns = list(dict.fromkeys(c.metric for c in comparisons))
     alike = {metric.split(" ")[0] for metric in columns}
-    each = "samplers" if len(alike) == 1 else "FDs"
+    each = "samplers" if len(alike) == 1 else "scores" if comparisons[0].metric.startswith("CLIP") else "FDs"
     by = "" if len(columns) < 2 else f" by both {each}" if len(columns) == 2 else f" by all {len(columns)} {each}"
     words: dict[str, set[str]] = {}
     for c in comparisons:
@@ -158,7 +169,8 @@ def _scored(comparisons: Sequence[Comparison]) -> str:
 
 
 def _word(c: Comparison) -> str:
-    """Of the means as they are printed; a lower FD is better."""
+    """Of the means as they are printed; a lower FD is better, a higher CLIP score."""
     decimals = figure_decimals([c.merged, c.theirs])
     ours, theirs = (number(figure, decimals).split(" ")[0] for figure in (c.merged, c.theirs))
-    return "like" if ours == theirs else "better" if c.difference < 0 else "worse"
+    outcome = "lower" if c.difference < 0 else "higher"
+    return "like" if ours == theirs else "better" if outcome == direction(c.metric) else "worse"

@@ -78,7 +78,7 @@ def load_vision_model(folder: Path) -> VisionModel:
     except ImportError:
         raise UserError(MISSING) from None
     pil = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    with _quiet():
+    with quiet():
         with _refusing(folder, "its preprocessor_config.json cannot be used"):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, **pil)
         with _refusing(folder, "its config.json and weights cannot be loaded"):
@@ -119,7 +119,7 @@ def _projecting(folder: Path) -> str | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bar, and the warnings of heads that no features need."""
     from transformers.utils import logging as said
 

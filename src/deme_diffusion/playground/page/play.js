@@ -254,9 +254,10 @@ async function sample() {
 function show(told, { weights, by_layer }, { seed, images }) {
   state.known = told.key;
   const last = images > 1 ? `seeds ${seed} to ${seed + images - 1}` : `seed ${seed}`, by = listed(weights, by_layer);
-  if (told.base) fill("base", told.base, seed, told, `${images} samples of the base, ${last}`);
-  fill("merged", told.merged, seed, told, `${images} samples of the merged model, ${last}${by && `, ${by}`}`);
-  fill("changes", told.changes, seed, told, `What changed from the base to the merged model, ${last}`);
+  told.named = told.merged.map((_, i) => [`seed ${seed + i}`, told.prompts[i]].filter(Boolean).join(": "));
+  if (told.base) fill("base", told.base, told, `${images} samples of the base, ${last}`);
+  fill("merged", told.merged, told, `${images} samples of the merged model, ${last}${by && `, ${by}`}`);
+  fill("changes", told.changes, told, `What changed from the base to the merged model, ${last}`);
   at("base-name").textContent = `· ${told.sampler} · ${last}`;
   at("merged-name").textContent = by && `· ${by}`;
   at("merged-name").title = state.facts.weighted ? weights.map(String).join(", ") : "";
@@ -272,11 +273,11 @@ function show(told, { weights, by_layer }, { seed, images }) {
   fit();
 }
 
-function fill(id, coded, seed, { height, width }, label) {
+function fill(id, coded, { height, width, named }, label) {
   const grid = at(id);
   while (grid.children.length > coded.length) grid.lastChild.remove();
   while (grid.children.length < coded.length) grid.append(made("img", undefined, { alt: "" }));
-  coded.forEach((data, i) => Object.assign(grid.children[i], { src: `data:image/png;base64,${data}`, width, height, title: `seed ${seed + i}` }));
+  coded.forEach((data, i) => Object.assign(grid.children[i], { src: `data:image/png;base64,${data}`, width, height, title: named[i] }));
   grid.style.setProperty("--columns", Math.ceil(Math.sqrt(coded.length)));
   grid.setAttribute("aria-label", label);
 }

@@ -19,6 +19,8 @@ FEW, LARGE = 16, 64
 """Of larger images: how many of a grid, and pixels a side; so that a drawing of photographs stays below 0.6 MB."""
 FOLLOWED = 48
 """Pixels a side of the images of the trajectory."""
+TOLD = 8
+"""Prompts that a caption tells."""
 ACTS = ("ensemble",)
 """Models in which the expert of a timestep acts; in the others it only would."""
 
@@ -58,8 +60,8 @@ def _samples(data: FigureData) -> Picture:
     few = "" if len(grids[0]) == count else f"; the first {len(grids[0])} are shown"
     caption = (
         f"{_changed(data)}A difference is no gain: the table tells quality. {count} images of each model by "
-        f"{data.meta['sampler']}{few}; the same place has the same seed, so that what differs is the model's doing."
-        f"{_reduced(data, grids[0])}"
+        f"{data.meta['sampler']}{few}; the same place has the same seed{_asked(data)}, so that what differs is the "
+        f"model's doing.{_reduced(data, grids[0])}"
     )
     alt = f"Grids of {len(grids[0])} sampled images side by side, one each of {_listed(models)}."
     return Picture("samples", "Samples of the same seeds", caption, alt, draw, width, height)
@@ -124,9 +126,9 @@ def _trajectory(data: FigureData) -> Picture:
     shown_steps = "all" if len(timesteps) == data.meta["num_steps"] else str(len(timesteps))
     caption = (
         f"{_parted(data)}One image shows where the models part, not which is better. Its way through {shown_steps} of "
-        f"the {data.meta['num_steps']} steps of {data.meta['sampler']}: x_t, what a model gets at timestep t, and the "
-        "clean image x_0 that it predicts from it; all begin with the same noise. A frame has the colour of the expert "
-        "that serves t: in the ensemble it acts (thick), others are one model for all t (thin)."
+        f"the {data.meta['num_steps']} steps of {data.meta['sampler']}{_first_asked(data)}: x_t, what a model gets at "
+        "timestep t, and the clean image x_0 that it predicts from it; all begin with the same noise. A frame has the "
+        "colour of the expert that serves t: in the ensemble it acts (thick), others are one model for all t (thin)."
         f"{_reduced(data, images)}"
     )
     alt = (
@@ -200,6 +202,24 @@ def _changed(data: FigureData) -> str:
     base, *others = data.meta["models"]
     said = [f"{name} by {data.meta['changed'][name]:.3g}" for name in others]
     return f"Pixels differ from those of {base} on average, of 255: {', '.join(said)}. " if said else ""
+
+
+def _asked(data: FigureData) -> str:
+    """That prompts are alike too, and the first of them."""
+    prompts = data.meta.get("prompts") or []
+    if not prompts:
+        return ""
+    listed = "; ".join(_quoted(prompt) for prompt in prompts[:TOLD])
+    return f" and prompt (row by row: {listed}{' ...' if len(prompts) > TOLD else ''})"
+
+
+def _first_asked(data: FigureData) -> str:
+    prompts = data.meta.get("prompts") or []
+    return f", asked for by {_quoted(prompts[0])}" if prompts else ""
+
+
+def _quoted(prompt: object) -> str:
+    return f"class {prompt}" if isinstance(prompt, int) else f"“{prompt or ''}”"
 
 
 def _parted(data: FigureData) -> str:

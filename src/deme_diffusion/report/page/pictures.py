@@ -40,6 +40,12 @@ def grids_section(run: Run, folder: Path, album: Album) -> list[dict[str, Any]]:
     return [_grid(label, folder / path, album) for label, path in (run.get("grids") or {}).items()]
 
 
+def prompts_section(run: Run) -> list[str]:
+    """What the images of every grid were asked for by, in their order; nothing where the model takes nothing."""
+    asked = (run.get("prompts") or ())[: max(GRID_IMAGES)]
+    return [f"class {prompt}" if isinstance(prompt, int) else str(prompt or "no words") for prompt in asked]
+
+
 def _grid(label: str, path: Path, album: Album) -> dict[str, Any]:
     """A grid as an image, or the reason why there is none; pickles are never loaded."""
     try:

@@ -63,6 +63,7 @@ def _values(run: Mapping[str, Any], folder: Path, album: Album, refresh: int | N
         "seeds": seeds_said(run),
         "table": table_section(rows, losses["metrics"] if losses else ()),
         "grids": pictures.grids_section(run, folder, album),
+        "prompts": pictures.prompts_section(run),
         "grids_said": pictures.grids_said(run),
         "words": words_of(run),
         "best": BEST,

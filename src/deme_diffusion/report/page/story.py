@@ -29,11 +29,13 @@ def _trained(run: Run) -> str:
     count, total = len(division["subsets"]), division["num_train_timesteps"]
     base = f"the base {run['base_model']}" if run.get("base_model") else "the base"
     steps = list(_steps(run, "expert "))
+    sigmas = f", in sigma {_listed(division['sigmas'])}" if division.get("sigmas") else ""
     ranges = _listed(names_of(division["subsets"]))
     done = all(state_of(stage) in FINISHED for stage in run["stages"] if stage["stage"] == "decouple")
     verb = ("were" if count > 1 else "was") if done else ("are being" if count > 1 else "is being")
     who = f"{count} expert{'s' if count > 1 else ''} {verb}"
-    return f"From {base}, {who} finetuned on the timesteps {ranges} of T = {total:,}{_budget(steps)}{_control(run)}."
+    where = f"the timesteps {ranges} of T = {total:,}{sigmas}"
+    return f"From {base}, {who} finetuned on {where}{_budget(steps)}{_control(run)}."
 
 
 def _steps(run: Run, label: str) -> Iterator[int]:

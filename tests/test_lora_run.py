@@ -1,0 +1,195 @@
+"""A whole run with LoRA experts: trained, searched, merged into one LoRA that stock diffusers loads without us."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from conftest import make_pico_values
+from deme_diffusion import merge_checkpoints
+from deme_diffusion.errors import UserError
+from deme_diffusion.lora import read_lora
+from deme_diffusion.lora_files import LORA_NAME
+from deme_diffusion.models.adapters import SwitchedEnsemble
+from deme_diffusion.models.ddpm import DDPM
+from deme_diffusion.models.stable_diffusion import StableDiffusion
+from deme_diffusion.pipeline.exporting import export_merged
+from deme_diffusion.pipeline.run import Run, open_run
+from deme_diffusion.pipeline.searching import SEARCH
+from deme_diffusion.pipeline.stages import Stages
+from deme_diffusion.recipes import Loaded
+from deme_diffusion.recipes.checks import parse
+from deme_diffusion.weights import WEIGHTS_NAME, load_state
+from lora_models import answered, inputs
+
+WEIGHTS = (0.7, 0.4)
+STOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "deme_diffusion":
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+base, lora, given, out = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(base)
+pipeline.load_lora_weights(lora)
+x = load_file(given)
+with torch.no_grad():
+    answer = pipeline.unet(x["x"], x["t"], x["states"], return_dict=False)[0]
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline("a seven", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+save_file({"answer": answer, "images": images}, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion; read only."""
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("base") / "sd")
+
+
+def opened(base: Path, folder: Path, **merge: Any) -> Run:
+    """A run of two LoRA experts on captioned digits, in a folder of runs."""
+    values = make_pico_values(base)
+    values["model"]["family"] = "stable_diffusion"
+    values["decouple"] |= {"projection": "none", "lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 3e-2}
+    values["merge"] |= {"search": "none", "weights": WEIGHTS, **merge}
+    values["evaluate"]["controls"] = []
+    values["data"] = {"search_fraction": 0.03, "report_fraction": 0.03}
+    return open_run(Loaded(parse(values, where="test"), {}), out=folder, command="deme run lora")
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run to its end."""
+    run = opened(base, tmp_path_factory.mktemp("runs") / "runs" / "lora")
+    run.execute()
+    return run
+
+
+def explicit(base: Path, run: Run) -> torch.nn.Module:
+    """base + sum_i w_i s_i B_i A_i, by dense matrices."""
+    module = StableDiffusion.load(base).module.eval()
+    for w, node in zip(WEIGHTS, run.graph.experts[0], strict=True):
+        for name, own in read_lora(run.store.folder(node.key), "unet", {}).layers.items():
+            weight: Any = module.get_submodule(name).weight
+            weight.data += w * own.scale * own.up @ own.down
+    return module
+
+
+def test_the_merged_lora_is_the_merged_model_where_this_package_cannot_be_imported(
+    base: Path, whole: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "stock.py").write_text(STOCK)
+    x, t, states = inputs()
+    save_file({"x": x, "t": t, "states": states}, tmp_path / "given.safetensors")
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-I", tmp_path / "stock.py", base, whole.merged, tmp_path / "given.safetensors", out]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, module = load_file(out), explicit(base, whole)
+    torch.testing.assert_close(found["answer"], answered(module), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found["answer"], answered(StableDiffusion.load(base).module.eval()), atol=1e-3)
+    assert found["images"].shape == (1, 1, 8, 8)
+    bench = Stages(whole.graph, whole.store)
+    served = next(one for one in whole.graph.served[0] if one.name == "merged")
+    torch.testing.assert_close(answered(bench.module(served).eval()), found["answer"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_run_leaves(whole: Run) -> None:
+    expert = whole.store.folder(whole.graph.experts[0][0].key)
+    assert (expert / LORA_NAME).is_file() and (expert / "raw" / LORA_NAME).is_file()
+    assert "load_lora_weights" in (expert / "README.md").read_text() and not (expert / "unet").exists()
+    merged = whole.store.find(whole.graph.merged[0].key)
+    assert merged is not None and {"merge.json", "README.md", LORA_NAME} <= set(merged.manifest["files"])
+    assert merged.results["lora"]["exact"] and merged.results["lora"]["rank"] == 4
+    costs = json.loads((whole.store.folder(whole.graph.cost.key) / "cost.json").read_text())["models"]
+    plain, one = costs["base"]["parameters"], read_lora(expert, "unet", {}).layers.values()
+    adapters = sum(own.down.numel() + own.up.numel() for own in one)
+    assert costs["ensemble"]["parameters"] == costs["merged"]["parameters"] == plain + 2 * adapters
+    assert costs["ensemble"]["disk"] > costs["base"]["disk"]
+
+
+def test_the_ensemble_switches_adapters_in_one_base(base: Path, whole: Run) -> None:
+    bench = Stages(whole.graph, whole.store)
+    served = next(one for one in whole.graph.served[0] if one.ensemble)
+    ensemble = bench.module(served).eval()
+    assert isinstance(ensemble, SwitchedEnsemble)
+    x, t, states = inputs()  # t = 0, 7, 14 of 20
+    with torch.no_grad():
+        mixed = ensemble(x, t, states).sample
+        for rows, part in ((slice(0, 2), served.parts[0]), (slice(2, 3), served.parts[1])):
+            alone = bench.component(part).eval()
+            assert torch.equal(mixed[rows], alone(x[rows], t[rows], states[rows])[0])
+
+
+@pytest.mark.parametrize("search", ["least_squares", "gradient"])
+def test_searches_work_on_lora_experts(base: Path, whole: Run, search: str) -> None:
+    run = opened(base, whole.folder.parent / search, search=search, weights=None, gradient_steps=2)
+    run.execute(lambda graph: list(graph.merged.values()))
+    assert [run.store.folder(node.key) for node in run.graph.experts[0]] == [
+        whole.store.folder(node.key) for node in whole.graph.experts[0]
+    ]  # trained once
+    found = json.loads((run.store.folder(run.graph.searches[0].key) / SEARCH).read_text())
+    sources = {trial["source"] for trial in found["trials"]}
+    assert any(source.startswith(search.replace("_", " ")) for source in sources) and {"w = 0", "uniform"} <= sources
+    assert all(torch.isfinite(torch.tensor(trial["value"])) for trial in found["trials"])
+    merged = json.loads((run.store.folder(run.graph.merged[0].key) / "merge.json").read_text())
+    assert merged["weights"]["values"] == found["weights"] and merged["score"]["after"] == found["value"]
+
+
+def test_a_given_rank_and_a_fused_merge_are_stages_of_their_own(base: Path, whole: Run) -> None:
+    low = opened(base, whole.folder.parent / "low", lora_rank=1)
+    low.execute(lambda graph: list(graph.merged.values()))
+    own = json.loads((low.merged / "merge.json").read_text())["lora"]
+    assert own["rank"] == 1 and 0 < own["relative_error"] < 1 and not own["exact"]
+    fused = opened(base, whole.folder.parent / "fused", fuse=True)
+    fused.execute(lambda graph: list(graph.merged.values()))
+    module = StableDiffusion.load(fused.merged).module.eval()
+    torch.testing.assert_close(answered(module), answered(explicit(base, whole)), rtol=1e-5, atol=1e-5)
+    digests = {run.graph.merged[0].digest for run in (whole, low, fused)}
+    assert len(digests) == 3
+
+
+def test_an_expert_is_refused_for_another_base(whole: Run, tmp_path: Path) -> None:
+    other = tiny.stable_diffusion(tmp_path / "other")
+    file = other / "unet" / WEIGHTS_NAME
+    state = load_state(file)
+    save_file({**state, "conv_in.bias": state["conv_in.bias"] + 1}, file, {"format": "pt"})
+    expert = whole.store.folder(whole.graph.experts[0][0].key)
+    with pytest.raises(UserError, match="a LoRA of another base: it was trained on weights"):
+        merge_checkpoints(other, [expert], tmp_path / "out")
+
+
+def test_the_merged_lora_is_exported(whole: Run, tmp_path: Path) -> None:
+    found = export_merged(whole, tmp_path / "upload")
+    assert {LORA_NAME, "merge.json", "README.md"} <= set(found.files)
+    card = (tmp_path / "upload" / "README.md").read_text()
+    assert "load_lora_weights" in card and "- lora" in card
+
+
+def test_convolutions_of_a_pixel_model_are_adapted_and_fused(pico_values: dict[str, Any], tmp_path: Path) -> None:
+    pico_values["decouple"] |= {"projection": "none", "lora_rank": 1, "lora_targets": ["conv1", "time_emb_proj"]}
+    pico_values["merge"] |= {"search": "none", "fuse": True}
+    recipe = parse(pico_values, where="test")
+    run = open_run(Loaded(recipe, {}), out=tmp_path / "runs" / "pico", command="deme run pico")
+    run.execute(lambda graph: list(graph.merged.values()))
+    merged, plain = DDPM.load(run.merged).module, DDPM.load(Path(str(recipe.model.pretrained))).module
+    moved = {key for key, value in plain.state_dict().items() if not torch.equal(value, merged.state_dict()[key])}
+    assert moved and all(key.endswith(("conv1.weight", "time_emb_proj.weight")) for key in moved)
