@@ -19,22 +19,27 @@ from safetensors import safe_open
 
 import every_family
 import tiny
+from deme_diffusion import files
 from deme_diffusion.config import CacheSettings, DataSettings, Recipe
 from deme_diffusion.data.encoded import RECORD, EncodedSplit, check_shards, open_cache
-from deme_diffusion.data.encoding import distinct_captions, make_cache
+from deme_diffusion.data.encoding import distinct_captions, make_cache, say_cut
 from deme_diffusion.data.loading import Order, steps
 from deme_diffusion.data.sources import WORDINGS, WORDS, SplitName
 from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.models.stable_diffusion import StableDiffusion
-from deme_diffusion.pipeline import caching
+from deme_diffusion.pipeline import caching, inputs
 from deme_diffusion.pipeline.cache_size import cache_size
+from deme_diffusion.pipeline.estimate import described, plan
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.needs import model_cost
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
 from deme_diffusion.recipes import load
+from deme_diffusion.weight_files import WEIGHTS_NAME
 
+DIGITS_BASE = "c28e9105dfa535ef"
+"""What the packaged digits-base has been known by since it is there: stores of caches and trainings go by it."""
 IMAGES, DISTINCT = 80, len(WORDS) * len(WORDINGS) + 1
 Splits = dict[SplitName, Split]
 
@@ -46,7 +51,7 @@ class Counting:
         self, shape: tuple[int, ...] = (2, 4, 4), *, dies_after: int | None = None, scale: float = 1.0
     ) -> None:
         self.sample_shape, self.left, self.scale = shape, dies_after, scale
-        self.images, self.captions = 0, Counter[str]()
+        self.images, self.captions, self.counted = 0, Counter[str](), list[int]()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         if self.left is not None and (left := self.left - len(images)) < 0:
@@ -65,6 +70,7 @@ class Counting:
         return {"states": torch.zeros(count, 3, 2), "size": torch.zeros(count, 1, dtype=torch.int64)}
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
+        self.counted.append(len(captions))
         return [len(caption) > 25 for caption in captions]
 
 
@@ -240,10 +246,40 @@ def test_a_killed_attempt_goes_on_after_its_last_shard(tmp_path: Path, dies_afte
     encoder = Counting()
     made(tmp_path / "killed", splits, encoder, most_bytes=2048)
     kept = json.loads((whole / RECORD).read_text())["shards"]
-    assert encoder.images == IMAGES - sum(kept[name]["rows"] for name in there)
+    assert encoder.images == IMAGES - sum(kept[name]["rows"] for name in there if name.startswith("latents"))
+    assert encoder.captions.total() == DISTINCT - sum(kept[name]["rows"] for name in there if name.startswith("text"))
     assert {f.name: f.read_bytes() for f in (tmp_path / "killed").iterdir()} == {
         f.name: f.read_bytes() for f in whole.iterdir()
     }
+
+
+def test_lengths_are_counted_a_batch_at_a_time_and_not_again(tmp_path: Path) -> None:
+    splits, encoder = splits_of(), Counting()
+    told = made(tmp_path, splits, encoder, batch_size=7)
+    assert max(encoder.counted) == 7
+    assert sum(encoder.counted) == DISTINCT
+    (tmp_path / RECORD).unlink()  # killed at the very end
+    again = Counting()
+    assert made(tmp_path, splits, again, batch_size=7) == told
+    assert (again.images, again.counted) == (0, [])
+
+
+def test_captions_are_read_before_images(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, splits_of(), Counting(dies_after=0))
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["text-00000.safetensors"]
+
+
+def test_without_a_cache_the_first_captions_are_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits, encoder = splits_of(), Counting()
+    every = [c for i in splits["train"].indices for c in splits["train"].source.captions(i)]
+    assert say_cut(encoder, splits) == sum(len(c) > 25 for c in every) > 0
+    assert f" of {len(every)} training captions are longer than" in caplog.text
+    monkeypatch.setattr("deme_diffusion.data.encoding.LOOKED_AT", 20)
+    assert say_cut(encoder, splits) == sum(len(c) > 25 for c in every[:20])
+    assert " of the first 20 training captions are longer than" in caplog.text
 
 
 def test_shards_of_another_size_are_not_mixed_in(tmp_path: Path) -> None:
@@ -391,9 +427,104 @@ def test_it_is_shared_by_whatever_encodes_alike(base: Path, tmp_path: Path) -> N
         changed(plain, data={"max_images": 140}),
         changed(plain, data={"views": 2}),
         changed(plain, data={"augment": {"flip": 0.5}}),
-        changed(plain, data={"augment": {"flip": 0.5}}, cache={"views": 4}),
+        changed(plain, data={"augment": {"flip": 0.5}}, cache={"views": 2}),
+        changed(plain, data={"augment": {"flip": 0.5}}, cache={"views": 1}),
     ]
+    assert cache_of(changed(unlike[-1], cache={"views": 4})).digest == cache_of(unlike[-3]).digest
     assert len({cache.digest, *(cache_of(one).digest for one in unlike)}) == 1 + len(unlike)
+
+
+def test_augmented_images_have_several_views_or_it_is_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = changed(values(base), data={"augment": {"shift": 1.0}, "max_images": 60})
+    for number, (cache, views, said) in enumerate((
+        ({}, 4, "4 augmented views of each training image"),
+        ({"views": 1}, 1, "each image keeps one augmentation; set cache.views=N or cache.enabled=false"),
+    )):  # fmt: skip
+        run = run_of(changed(plain, cache=cache), tmp_path / str(number))
+        assert caching.stored_views(run.recipe)["train"] == views
+        assert any(said in line for line in described(plan(run)))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run.execute([run.graph.cache])  # type: ignore[list-item]
+        spoken = [record for record in caplog.records if said in record.message]
+        assert [record.levelname for record in spoken] == ["INFO" if views > 1 else "WARNING"]
+    random = Recipe.model_validate(changed(values(base), data={"crop": "random", "resolution": 8}))
+    assert caching.stored_views(random)["train"] == 4
+    unchanged = Recipe.model_validate(values(base))
+    assert (caching.stored_views(unchanged)["train"], caching.frozen(unchanged)) == (1, None)
+
+
+def test_captions_that_are_cut_are_told_without_a_cache_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StableDiffusion, "truncated", lambda self, captions: [True] * len(captions))
+    run = run_of(changed(values(base), cache={"enabled": False}), tmp_path)
+    run.execute(lambda graph: [graph.experts[0][0]])
+    assert "training captions are longer than the model's tokenizer takes, and are cut" in caplog.text
+
+
+def test_only_what_encodes_is_in_the_key(base: Path, tmp_path: Path) -> None:
+    pipeline = shutil.copytree(base, tmp_path / "sd")
+    plain = changed(values(base), model={"pretrained": str(pipeline)})
+    before = cache_of(plain).digest
+    (pipeline / "LICENSE.txt").write_text("of no interest")
+    (pipeline / "v1-4.safetensors").write_bytes((pipeline / "vae" / WEIGHTS_NAME).read_bytes())
+    shutil.copy(pipeline / "vae" / WEIGHTS_NAME, pipeline / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    shutil.copytree(pipeline / "vae", pipeline / "safety_checker")
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text() + "\n")
+    assert cache_of(plain).digest == before
+    tokenizer = next(file for file in (pipeline / "tokenizer").iterdir() if file.suffix == ".json")
+    content = tokenizer.read_text()
+    tokenizer.write_text(content + "\n")
+    assert cache_of(plain).digest != before
+    tokenizer.write_text(content)
+    assert cache_of(plain).digest == before
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    assert cache_of(plain).digest == before
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": True}))
+    assert cache_of(plain).digest != before
+
+
+def test_a_local_base_is_known_by_its_vocabulary_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    pipeline = shutil.copytree(base, tmp_path / "sd")
+    seen = [_digest(pipeline)]
+    for name in ("merges.txt", "vocab.txt", "spiece.model"):
+        (pipeline / "tokenizer" / name).write_text("a b")
+        seen.append(_digest(pipeline))
+    assert len(set(seen)) == 4
+    (pipeline / "LICENSE.txt").write_text("of no interest")
+    assert _digest(pipeline) == seen[-1]
+    assert inputs.resolve("packaged:digits-base", None, key="k", needs=(), download=False).digest == DIGITS_BASE
+
+
+def test_a_large_base_is_not_hashed_at_each_command(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    pipeline = shutil.copytree(base, tmp_path / "sd")
+    small = _digest(pipeline)
+    assert not (tmp_path / "home").exists(), "of small ones nothing is remembered"
+    monkeypatch.setattr(inputs, "LARGE", 1)
+    hashed = Counter[str]()
+    monkeypatch.setattr(files, "file_digest", lambda file, plain=files.file_digest: hashed.update(["x"]) or plain(file))
+    assert _digest(pipeline) == small
+    assert hashed["x"] > 0
+    hashed.clear()
+    assert _digest(pipeline) == small
+    assert not hashed
+    (pipeline / "model_index.json").write_text((base / "model_index.json").read_text() + "\n")
+    assert _digest(pipeline) != small
+
+
+def _digest(folder: Path) -> str:
+    return inputs.resolve(str(folder), None, key="model.pretrained", needs=(), download=False).digest
 
 
 def test_whatever_reads_latents_waits_for_the_cache(base: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,9 @@ from deme_diffusion.data.sources import WORDINGS, SplitName
 from deme_diffusion.data.splits import Split, load_splits
 from deme_diffusion.data.table import Table
 from deme_diffusion.doctor.data import findings
-from deme_diffusion.errors import UserError
+from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.pipeline import images
+from deme_diffusion.pipeline.estimate import described, plan
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.run import Run, open_run
@@ -115,7 +117,7 @@ def test_a_name_inside_a_column_reaches_into_structs_and_lists_of_them(tmp_path:
     ("changes", "said"),
     [
         ({"caption_column": "txet"}, r"no column 'txet'.*did you mean 'text'.*its columns: image, text, kind, json"),
-        ({"caption_column": "kind"}, r"'kind' holds no text but int \(7\)"),
+        ({"caption_column": "kind"}, r"number 0: 'kind' holds no text but int \(7\)"),
         (
             {"caption_column": "json"},
             r"'json' holds no text but dict \(caption, size\); name one of these as json.NAME",
@@ -175,6 +177,77 @@ def test_samples_of_a_shard_may_lack_a_caption_or_be_of_several_kinds(tmp_path: 
     assert (indexed.split >= 0).all()
 
 
+def test_what_nobody_reads_of_a_shard_may_change_its_kind(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i, image in enumerate(noise(0, 30)):
+        record: dict[str, Any] = {"caption": ["x", "y"] if i % 2 else "x", "nsfw": None if i < 25 else "no", "more": {}}
+        told = json.dumps(record).encode()
+        members |= {f"{i}.png": encoded(image), f"{i}.json": told, f"{i}.txt": b"hi", f"{i}.cls": b"seven"}
+    file = write_tar(tmp_path / "a.tar", members)
+    assert captions_of(on("webdataset", file)) == [["hi"]] * 30
+    assert captions_of(on("webdataset", file, caption_column="json.caption"))[:2] == [["x"], ["x", "y"]]
+    assert {label for _, label in Table(on("webdataset", file, label_column="cls"))} == {"seven"}
+
+
+def test_shards_may_differ_in_the_kind_of_image_and_in_what_they_hold(tmp_path: Path) -> None:
+    shard(tmp_path / "d" / "0.tar", [None] * 3, kind="jpg")
+    shard(tmp_path / "d" / "1.tar", ["four", "five"], kind="png", start=3)
+    settings = on("webdataset", tmp_path / "d", missing_captions="empty")
+    assert captions_of(settings) == [[], [], [], ["four"], ["five"]]
+    assert all(image is not None for image, _ in Table(settings))
+
+
+def test_names_of_members_may_begin_with_a_point(tmp_path: Path) -> None:
+    members = {"README.md": b"no sample", "./0.png": encoded(noise(0, 1)[0]), "0.txt": b"one", "./a/README": b"x"}
+    members |= {"1.png": encoded(noise(1, 1)[0]), "./1.txt": b"two"}
+    assert captions_of(on("webdataset", write_tar(tmp_path / "a.tar", members))) == [["one"], ["two"]]
+
+
+@pytest.mark.parametrize(
+    ("members", "column", "said"),
+    [
+        ({"7.json": b"{caption"}, "json.caption", r"data.caption_column: a.tar: 7: 'json' is not JSON \("),
+        ({"7.json": b'{"caption": 3}'}, "json.caption", r"a.tar: 7: 'json.caption' holds no text but int \(3\)"),
+        ({"7.txt": b"x", "7.webp": b"y"}, "txt", r"a.tar: 7 has several images \(png, webp\); name one"),
+    ],
+)
+def test_a_broken_member_is_named(tmp_path: Path, members: dict[str, bytes], column: str, said: str) -> None:
+    file = write_tar(tmp_path / "a.tar", {"7.png": encoded(noise(0, 1)[0]), **members})
+    with pytest.raises(UserError, match=said):
+        captions_of(on("webdataset", file, caption_column=column))
+
+
+def test_shards_are_copied_once_whoever_asks(tmp_path: Path) -> None:
+    import datasets
+
+    settings = on("webdataset", shard(tmp_path / "a.tar", ["one", "two"]))
+    for captioned in (True, False, True):
+        assert len(Table(settings, captioned=captioned)) == 2
+    assert len(list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset"])
+def test_the_copy_that_is_made_of_a_data_set_needs_its_space(
+    base: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ("a.parquet" if source == "parquet" else "a.tar")
+    if source == "parquet":
+        write_parquet(file, noise(0, 2), column="image", text=["a", "b"])
+    else:
+        shard(file, ["a", "b"])
+    run = run_of(spoken(base, file, source=source), tmp_path / "run")
+    planned = plan(run)
+    assert planned["disk"]["data"] >= file.stat().st_size
+    assert any(f"of {source} files are copied once" in line for line in described(planned))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))
+        with pytest.raises(MachineError, match=r"GB, and its disk has 0\.00 GB free"):
+            Table(on(source, file))
+    Table(on(source, file))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    assert len(Table(on(source, file))) == 2, "it is there now"
+
+
 def test_shards_are_known_by_their_content_without_being_opened(tmp_path: Path) -> None:
     settings = on("webdataset", shard(tmp_path / "d" / "a.tar", ["one", "two"]).parent)
     assert [file.name for file in listed(settings)] == ["a.tar"]
@@ -225,7 +298,8 @@ def test_an_index_of_a_model_without_text_holds_none(tmp_path: Path) -> None:
 
 def test_captions_enter_the_key_of_the_index_for_models_that_take_text_only(tmp_path: Path) -> None:
     settings = on("folder", tmp_path, missing_captions="empty", resolution=8)
-    assert images.indexed(settings, "nothing") == images.indexed(settings, "class") == {"resolution": 8}
+    assert images.indexed(settings, "nothing") == {"resolution": 8}
+    assert "captions" not in images.indexed(settings, "class")
     assert images.indexed(settings, "text") == {"resolution": 8, "captions": True}
 
 
@@ -297,6 +371,9 @@ def indexing(folder: Path, into: Path, **settings: Any) -> None:
          r"metadata.jsonl: line 2 is not UTF-8 \(byte 0xe9 at column 38\); save it as UTF-8"),
         ('{"file_name": "000.png", "text": "ok"}'.encode("utf-16"), r"line 1 is not UTF-8 \(byte 0xff at column 1\)"),
         (b'{"file_name": "000.png", "text": "ok"}\n\n{"file_name": ', r"metadata.jsonl: line 3 is not JSON \("),
+        (b'{"file_name": "000.png", "text": "a"}\n{"file_name": "001.png", "text": ["b"]}',
+         r"metadata.jsonl: line 2: 'text' is a list, but a string in .*: line 1; write all lines alike"),
+        (b"\n", r"metadata.jsonl is empty: it needs a line with file_name and text for each image"),
         (b'["000.png"]\n', r"line 1 is not a JSON object with file_name and text"),
     ],
 )  # fmt: skip
@@ -338,13 +415,13 @@ def test_images_without_a_line_are_left_out_and_named(tmp_path: Path, caplog: py
 
 def test_bytes_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", noise(0, 2), column="image", text=[b"fine", b"caf\xe9"])
-    with pytest.raises(UserError, match=r"data.caption_column: 'text' holds text that is not UTF-8 \("):
+    with pytest.raises(UserError, match=r"data.caption_column: number 1: 'text' holds text that is not UTF-8 \("):
         captions_of(on("parquet", file))
 
 
 def test_a_shard_with_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     members = {"0.png": encoded(noise(0, 1)[0]), "0.txt": "café".encode("latin-1")}
-    with pytest.raises(UserError, match=r"cannot be read as webdataset \(.*utf-8.*0xe9.*; 0.txt of a.tar is not"):
+    with pytest.raises(UserError, match=r"a.tar: 0.txt is not UTF-8 \(.*0xe9.*\); save it anew"):
         Table(on("webdataset", write_tar(tmp_path / "a.tar", members)), captioned=True)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from deme_diffusion.config import DecoupleSettings, PretrainSettings, Recipe, SamplerSettings
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.pipeline.graph import Graph
-from deme_diffusion.recipes import load, packaged, to_yaml
+from deme_diffusion.recipes import changed, load, packaged, to_yaml
 from deme_diffusion.recipes.checks import keys_of, parse
 
 TWO = [{"name": "DDIMScheduler"}, {"name": "DDPMScheduler"}]
@@ -179,7 +179,11 @@ def test_an_unknown_key_is_told_before_what_else_is_wrong() -> None:
             "merge.search: 'least_square' is not one of none, least_squares, grid, gradient, cma_es, tpe; did you mean "
             "'least_squares'?",
         ),
-        ({"model": {"family": "ddmp"}}, "model.family: 'ddmp' is not one of ddpm; did you mean 'ddpm'?"),
+        (
+            {"model": {"family": "ddmp"}},
+            "model.family: 'ddmp' is not one of ddpm, dit, stable_diffusion, stable_diffusion_xl, stable_diffusion_3, "
+            "flux, wan; did you mean 'ddpm'?",
+        ),
         ({"decouple": {"projection": "up"}}, "decouple.projection: 'up' is not one of none, residual, block"),
         ({"decouple": {"mixed_precision": True}}, "decouple.mixed_precision: True is not one of no, fp16, bf16"),
     ],
@@ -269,6 +273,19 @@ def test_overrides_reach_set_unset_and_nested_settings(tmp_path: Path) -> None:
     assert load(path, ["decouple.num_ranges=3", "decouple.num_ranges=5"]).recipe.decouple.num_ranges == 5
 
 
+def test_overrides_step_into_lists_by_index(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("merge: {sampler: &s {eta: 0.5}}\nevaluate: {samplers: [*s, {num_inference_steps: 7}]}\n")
+    recipe = load(str(file), ["evaluate.samplers.0.eta=0.25", "seeds.0=3"]).recipe
+    assert [one.eta for one in recipe.evaluate.samplers] == [0.25, 0.0] and recipe.seeds == (3,)
+    assert recipe.merge.sampler.eta == 0.5, "of an alias only the one that is named"
+    file.write_text("{}\n")
+    default, given = (load(str(file), more).recipe.evaluate.samplers for more in ([], ["evaluate.samplers.1.eta=0"]))
+    assert default == given
+    told = changed(recipe, {"evaluate.samplers.1.num_inference_steps": 9}).evaluate.samplers
+    assert [one.num_inference_steps for one in told] == [50, 9]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -281,6 +298,14 @@ def test_overrides_reach_set_unset_and_nested_settings(tmp_path: Path) -> None:
         ("data.agument.flip=1", "data.agument.flip: unknown key; did you mean 'augment'?"),
         ("decouple.num_ranges.more=2", "decouple.num_ranges.more: unknown key"),
         ("decouple.=2", "decouple.: unknown key"),
+        ("evaluate.samplers.2.eta=1", "evaluate.samplers.2.eta: evaluate.samplers has no 2; it has 0 to 1"),
+        (
+            "evaluate.samplers.eta=1",
+            "evaluate.samplers.eta: evaluate.samplers is a list; say which of it, as in evaluate.samplers.0.eta",
+        ),
+        ("evaluate.samplers.0.etta=1", "evaluate.samplers.0.etta: unknown key; did you mean 'eta'?"),
+        ("seeds.1=4", "seeds.1: seeds has no 1; it has 0 to 0"),
+        ("seeds.0.more=4", "seeds.0.more: unknown key"),
         ("name=!!python/name:os.system", "name=!!python/name:os.system: the value is not YAML"),
     ],
 )

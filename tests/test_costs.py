@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deme_diffusion.config import DataSettings, ExtractorSettings, ModelSettings
 from deme_diffusion.config.evaluation import DIGITS_CNN
 from deme_diffusion.data.sources import WORDINGS, WORDS
+from deme_diffusion.evaluation import objectives
 from deme_diffusion.models.lora import layers_for
 from deme_diffusion.pipeline import needs, space
 from deme_diffusion.pipeline.base_cost import base_cost, component_cost, known_configs
@@ -146,6 +147,8 @@ def test_a_component_costs_what_torch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(**arguments)
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.001)
+    if "UNet" in kind:
+        assert cost.convolved == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     assert cost.checkpointed < cost.kept and cost.peak < cost.kept
 
 
@@ -390,7 +393,28 @@ def test_sampling_holds_text_encoders_and_autoencoder(base: Path, pico_values: V
     assert around is not None
     one = next(node for node in graph.of_stage("sample") if node.label.startswith("sample base"))
     run = max(2 * cost.peak, around.decode_peak)
-    assert space.memory(graph, [one], cost)["sampling"] == FLOAT * (cost.parameters + around.parameters) + 3 * run
+    held = FLOAT * (2 * cost.parameters + around.parameters)  # the base, and the model that is served
+    assert space.memory(graph, [one], cost)["sampling"] == held + 3 * run
+    assert space.memory(graph, [graph.cost], cost)["sampling"] == held + FLOAT * cost.parameters + 3 * run, "ensemble"
+    many, _ = graph_of(base, pico_values, runtime__sample_batch_size=40)
+    assert space.memory(many, [many.cost], cost)["sampling"] == held + FLOAT * cost.parameters + 16 * run
+
+
+def test_a_search_holds_all_whole_experts_and_one_base_of_lora_experts(base: Path, pico_values: Values) -> None:
+    least = {"merge__search": "least_squares", "runtime__sample_batch_size": 1}
+    full, cost = graph_of(base, pico_values, **least)
+    lora, _ = graph_of(base, pico_values, **least, decouple__lora_rank=2)
+    around = cost.encoders
+    assert around is not None
+    whole, adapted = (space.memory(g, list(g.of_stage("search")), cost)["search"] for g in (full, lora))
+    point = FLOAT * around.parameters + cost.peak
+    adapters = 2 * FLOAT * adapter_parameters(lora.recipe, cost)
+    assert adapted == FLOAT * cost.parameters + adapters + space.HELD_ANSWERS + point
+    assert whole == max(3 * FLOAT * cost.parameters + point, 2 * FLOAT * cost.parameters + FLOAT * around.parameters
+                        + max(2 * cost.peak, around.decode_peak))  # fmt: skip
+    exact, _ = graph_of(base, pico_values, **least, merge__gauss_newton_rounds=1)
+    assert space.memory(exact, list(exact.of_stage("search")), cost)["search"] > whole
+    assert space.HELD_ANSWERS == objectives.HELD_ANSWERS
 
 
 def test_a_gated_base_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

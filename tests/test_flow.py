@@ -21,13 +21,14 @@ from deme_diffusion.density import index_density
 from deme_diffusion.division import uniform
 from deme_diffusion.divisions import log_snr
 from deme_diffusion.errors import UserError
-from deme_diffusion.evaluation.sample import make_scheduler
+from deme_diffusion.evaluation.sample import make_scheduler, sample
 from deme_diffusion.evaluation.samplers import OF_FLOWS, check_sampler, flow_names, names
 from deme_diffusion.files import write_json
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
 from deme_diffusion.models.flow import FlowDenoiser
 from deme_diffusion.models.weighting import min_snr_weights, p2_weights, snr_plus_one_weights, truncated_snr_weights
+from deme_diffusion.pipeline.caching import covered
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes.checks import parse
 from deme_diffusion.schedule import FLOW_PREDICTION, flow_edges, flow_sigmas, in_sigma, is_flow, signal_to_noise
@@ -53,8 +54,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def settings_of(name: str, **said: Any) -> ModelSettings:
     """Of a tiny pipeline."""
-    own = {"resolution": 16} if name == "wan" else {}
-    return ModelSettings(family=FAMILY[name], max_sequence_length=SEQUENCE, **{**own, **said})  # type: ignore[arg-type]
+    own = {"max_sequence_length": SEQUENCE, **({"resolution": 16} if name == "wan" else {})}
+    return ModelSettings(family=FAMILY[name], **{**own, **said})  # type: ignore[arg-type]
 
 
 def opened(folders: dict[str, Path], name: str, **said: Any) -> FlowDenoiser:
@@ -342,7 +343,105 @@ def test_wan_trains_on_videos_that_were_encoded(folders: dict[str, Path]) -> Non
     assert frames.shape == (2, 3, 16, 16)
 
 
+def test_an_image_is_a_video_that_stands_still(folders: dict[str, Path]) -> None:
+    """Its latents are the encoder's, of which the first, of one frame alone, is another than the others."""
+    denoiser = opened(folders, "wan", num_frames=9)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = diffusers.AutoencoderKLWan.from_pretrained(folders["wan"] / "vae")
+    with torch.no_grad():
+        video = vae.encode(torch.stack([images] * 9, dim=2)).latent_dist.mode()
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    latent, noise = (video - mean) / std, torch.zeros(2, *denoiser.sample_shape)
+    noised = denoiser.noised({"image": images, "caption": PROMPTS}, torch.tensor([0, 3]), noise)
+    torch.testing.assert_close(noised.target, -latent, rtol=1e-4, atol=1e-5)
+    assert (latent[:, :, 0] - latent[:, :, 1]).abs().max() > 1e-3
+
+
+def test_latents_of_another_shape_are_refused_and_not_broadcast(folders: dict[str, Path]) -> None:
+    denoiser = opened(folders, "wan", num_frames=9)
+    batch = {"latent": torch.zeros(2, 4, 1, 2, 2), "condition": denoiser.placeholder(2)}
+    with pytest.raises(UserError, match=r"latents of 4x1x2x2, but .* takes 4x3x2x2 as the recipe has it"):
+        denoiser.noised(batch, torch.tensor([0, 3]), torch.zeros(2, *denoiser.sample_shape))
+
+
+def test_a_caption_is_cut_if_any_tokenizer_cuts_it(folders: dict[str, Path]) -> None:
+    denoiser = opened(folders, "sd3", max_sequence_length=20)  # CLIP's keep 12 tokens
+    assert denoiser.truncated(["a" * 10, "a" * 11, "a" * 20]) == [False, True, True]
+    without = opened(folders, "sd3", max_sequence_length=20)
+    without.pipeline.register_modules(text_encoder_3=None)
+    assert without.truncated(["a" * 10, "a" * 11]) == [False, True]
+
+
+def test_what_a_distilled_model_is_told_in_training(folders: dict[str, Path]) -> None:
+    plain, told = opened(folders, "dev"), opened(folders, "dev", training_guidance=3.5)
+    x_t = torch.randn(2, *plain.sample_shape, generator=torch.Generator().manual_seed(0))
+    condition, t, asked = plain.encode_captions(PROMPTS), torch.tensor([4, 15]), []
+    for denoiser in (plain, told):
+        hook = denoiser.module.register_forward_pre_hook(
+            lambda _, args, kwargs: asked.append(kwargs["guidance"].tolist()), with_kwargs=True
+        )
+        denoiser.predict(denoiser.module, x_t, t, condition)
+        hook.remove()
+    assert asked == [[1.0, 1.0], [3.5, 3.5]]
+    assert settings_of("dev", training_guidance=3.5).shaping()["training_guidance"] == 3.5
+    assert "training_guidance" not in settings_of("dev", training_guidance=1.0).shaping()
+    with pytest.raises(UserError, match=r"model\.training_guidance: .*schnell is told no guidance; leave it out"):
+        opened(folders, "schnell", training_guidance=3.5)
+
+
+def test_of_the_settings_a_cache_covers_those_that_shape_what_is_encoded() -> None:
+    model = {"max_sequence_length": 64, "resolution": 64, "num_frames": 5, "logit_mean": 0.5}
+    values = {"model": {"family": "wan", "pretrained": "x", **model}, "data": {"source": "folder", "path": "x"}}
+    assert covered(parse(values, where="here")) == {
+        "family": "wan", "max_sequence_length": 64, "resolution": 64, "num_frames": 5
+    }  # fmt: skip
+    values["model"] = {"family": "flux", "pretrained": "x", "training_guidance": 3.5}
+    assert covered(parse(values, where="here")) == {"family": "flux"}
+
+
 # -- sampling --------------------------------------------------------------------------------------
+
+
+def test_a_timestep_that_the_pipeline_rounds_is_the_sampler_s(tmp_path: Path) -> None:
+    """Flux's pipeline passes t / 1000 in bfloat16, which has no number between 0.5 and 0.504."""
+    folder = tiny_flow.flux(tmp_path / "flux", num_train_timesteps=1000)
+    denoiser = opened({"dev": folder}, "dev", encoder_dtype="bfloat16")
+    asked, rounded = list[int](), list[torch.dtype]()
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        asked.append(int(denoiser.index(kwargs["timestep"])))
+        rounded.append(kwargs["timestep"].dtype)
+
+    hook = denoiser.module.register_forward_pre_hook(look, with_kwargs=True)
+    scheduler = make_scheduler(denoiser, SamplerSettings(name=OF_FLOWS[0], num_inference_steps=40))
+    denoiser.generate(
+        denoiser.module, scheduler, ["x"], generators=[torch.Generator().manual_seed(0)], num_inference_steps=40
+    )
+    hook.remove()
+    assert set(rounded) == {torch.bfloat16} and len(asked) == 40
+    assert asked == denoiser.index_of_step(scheduler.timesteps).tolist()
+    after = denoiser.index((scheduler.timesteps.bfloat16() / 1000).to(torch.bfloat16)).tolist()
+    assert after != asked, "outside of sampling there is no step to go by"
+
+
+def test_only_what_a_scheduler_raises_is_laid_to_the_sampler(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, sampler = opened(folders, "sd3"), SamplerSettings(name=OF_FLOWS[0], num_inference_steps=2)
+    asked = denoiser.asked
+    with monkeypatch.context() as patch:
+        patch.setattr(denoiser, "asked", lambda *given: {**asked(*given), "max_sequence_length": 600})
+        with pytest.raises(UserError, match=r"^the stock pipeline refuses what it is asked for: .*greater than 512"):
+            sample(denoiser, denoiser.module, sampler, [0], prompts=["x"])
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("of our own")
+
+    monkeypatch.setattr(denoiser.module, "forward", broken)
+    with pytest.raises(ValueError, match="of our own"):
+        sample(denoiser, denoiser.module, sampler, [0], prompts=["x"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -464,6 +563,9 @@ def test_a_recipe_that_leaves_the_samplers_of_betas_is_told_in_one_line(folders:
         ({"family": "ddpm", "resolution": 32}, "model.resolution: family ddpm does not know it"),
         ({"family": "stable_diffusion", "weighting_scheme": "mode"}, "model.weighting_scheme: family stable_diffusion"),
         ({"family": "flux", "num_frames": 5}, "model.num_frames: family flux does not know it (wan do)"),
+        ({"family": "wan", "training_guidance": 2}, "model.training_guidance: family wan does not know it (flux do)"),
+        ({"family": "flux", "max_sequence_length": 513}, "max_sequence_length: 513; flux takes at most 512"),
+        ({"family": "stable_diffusion_3", "max_sequence_length": 600}, "stable_diffusion_3 takes at most 512"),
     ],
 )
 def test_settings_of_other_families_are_refused(said: dict[str, Any], message: str) -> None:

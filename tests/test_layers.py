@@ -70,7 +70,8 @@ MAY_IMPORT = {
         "planner",
     ],
 }
-MAY_IMPORT["api"] = MAY_IMPORT["cli"]  # the Python door beside the command's
+MAY_IMPORT["results"] = ["report"]
+MAY_IMPORT["api"] = [*MAY_IMPORT["cli"], "results"]  # the Python door beside the command's
 MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
 TORCH_FREE += ["figure_file", "weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
@@ -91,6 +92,7 @@ TORCH_FREE += [
     "report",
     "cli",
     "api",
+    "results",
     "__init__",
     "__main__",
     "evaluation.samplers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -9,14 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import tiny
 from conftest import make_pico_values
 from deme_diffusion import merge_checkpoints
 from deme_diffusion.errors import UserError
+from deme_diffusion.evaluation.objectives import FixedNoiseObjective
 from deme_diffusion.lora import read_lora
 from deme_diffusion.lora_files import LORA_NAME
 from deme_diffusion.models.adapters import SwitchedEnsemble
@@ -24,11 +28,11 @@ from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.stable_diffusion import StableDiffusion
 from deme_diffusion.pipeline.exporting import export_merged
 from deme_diffusion.pipeline.run import Run, open_run
-from deme_diffusion.pipeline.searching import SEARCH
+from deme_diffusion.pipeline.searching import SEARCH, Asked
 from deme_diffusion.pipeline.stages import Stages
 from deme_diffusion.recipes import Loaded
 from deme_diffusion.recipes.checks import parse
-from deme_diffusion.weights import WEIGHTS_NAME, load_state
+from deme_diffusion.weights import WEIGHTS_NAME, load_state, state_digest
 from lora_models import answered, inputs
 
 WEIGHTS = (0.7, 0.4)
@@ -139,19 +143,58 @@ def test_the_ensemble_switches_adapters_in_one_base(base: Path, whole: Run) -> N
             assert torch.equal(mixed[rows], alone(x[rows], t[rows], states[rows])[0])
 
 
-@pytest.mark.parametrize("search", ["least_squares", "gradient"])
-def test_searches_work_on_lora_experts(base: Path, whole: Run, search: str) -> None:
-    run = opened(base, whole.folder.parent / search, search=search, weights=None, gradient_steps=2)
+@pytest.mark.parametrize(("search", "judge"), [("least_squares", "kid"), ("gradient", "fd")])
+def test_searches_work_on_lora_experts(base: Path, whole: Run, search: str, judge: str) -> None:
+    run = opened(base, whole.folder.parent / search, search=search, judge=judge, weights=None, gradient_steps=2)
     run.execute(lambda graph: list(graph.merged.values()))
     assert [run.store.folder(node.key) for node in run.graph.experts[0]] == [
         whole.store.folder(node.key) for node in whole.graph.experts[0]
     ]  # trained once
     found = json.loads((run.store.folder(run.graph.searches[0].key) / SEARCH).read_text())
+    assert found["objective"].startswith(f"{judge.upper()}(")
     sources = {trial["source"] for trial in found["trials"]}
     assert any(source.startswith(search.replace("_", " ")) for source in sources) and {"w = 0", "uniform"} <= sources
     assert all(torch.isfinite(torch.tensor(trial["value"])) for trial in found["trials"])
     merged = json.loads((run.store.folder(run.graph.merged[0].key) / "merge.json").read_text())
     assert merged["weights"]["values"] == found["weights"] and merged["score"]["after"] == found["value"]
+
+
+def test_a_least_squares_search_of_lora_experts_holds_one_base(
+    base: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, answered_by = list[int](), list[torch.Tensor]()
+    real = StableDiffusion.answer
+
+    def counting(self: StableDiffusion, module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        gc.collect()
+        models = (one for one in gc.get_objects() if isinstance(one, UNet2DConditionModel))
+        alive.append(len({one.conv_in.weight.data_ptr() for one in models} - others))
+        answered_by.append(real(self, module, *args, **kwargs))
+        return answered_by[-1]
+
+    run = opened(base, whole.folder.parent / "held", search="least_squares", weights=None)
+    gc.collect()
+    others = {o.conv_in.weight.data_ptr() for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)}
+    stages = Stages(run.graph, run.store)
+    node = run.graph.searches[0]
+    with stages._merger(node) as merger:
+        asked = Asked(stages, node, merger, whole.folder / "none.jsonl")
+        before = state_digest(stages.denoiser.module.state_dict())
+        objective: FixedNoiseObjective = asked.loss.objective
+        loaded = FixedNoiseObjective(objective.noise, objective.base, objective.experts, objective.materialise)
+        monkeypatch.setattr(StableDiffusion, "answer", counting)
+        a, b = objective.normal_equations()
+        assert set(alive) == {1}, "the base, which takes all places"
+        alive.clear()
+        expected = loaded.normal_equations()
+        assert set(alive) == {3}, "as whole experts: one each"
+        np.testing.assert_allclose(a, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(b, expected[1], rtol=1e-4, atol=1e-9)
+        assert np.abs(a).max() > 0
+        assert state_digest(stages.denoiser.module.state_dict()) == before, "adapters are out again"
+        alive.clear()
+        objective.normal_equations([0.3, 0.2])
+        assert set(alive) == {2}, "Gauss-Newton: the base, and one that takes the place of all merged models"
 
 
 def test_a_given_rank_and_a_fused_merge_are_stages_of_their_own(base: Path, whole: Run) -> None:

@@ -338,6 +338,8 @@ def test_half_a_pair_or_a_pair_as_base_is_refused(pair: Path, place: Path, tmp_p
         experts_of(pair, pair)
     with pytest.raises(UserError, match="no such folder"):
         experts_of(tmp_path / "nowhere", place / "wan")
+    with pytest.raises(UserError, match="of a hub model, first: hf download owner/a-pair --local-dir FOLDER"):
+        experts_of(Path("owner/a-pair"), place / "wan")
     with pytest.raises(UserError, match=r"no model_index\.json; a pipeline with transformer"):
         experts_of(place / "images", place / "wan")
     with pytest.raises(UserError, match="a pair of experts, transformer and transformer_2; name a base of one"):
@@ -353,7 +355,8 @@ def test_a_family_without_such_a_pipeline_is_refused_before_anything(tmp_path: P
     values = make_pico_values(tiny.stable_diffusion(tmp_path / "sd"))
     values["model"] = {**values["model"], "family": "stable_diffusion"}
     values["extractor"] = {"kind": "inception"}
-    write_json(tmp_path / "sd.yaml", {**values, "merge": {"search": "none"}})
+    sampler = {"name": "DDIMScheduler", "num_inference_steps": 4}
+    write_json(tmp_path / "sd.yaml", {**values, "merge": {"search": "none", "sampler": sampler}})
     run = open_run(load(str(tmp_path / "sd.yaml"), []), out=tmp_path / "run", command="", download=False)
     with pytest.raises(UserError, match=r"model\.family=stable_diffusion: no stock pipeline of it takes a pair"):
         export_pair(run, tmp_path / "pair")

@@ -76,6 +76,11 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert [g.texts[0] for g in found] == ["a photo of a tench", "a photo of a goldfish"]
     found = read(asked("coco30k", coco(tmp_path / "c.json", {9: ["z."], 3: ["a \n dog ", "b"]})))
     assert [sorted(g.texts) for g in found] == [["a dog", "b"], ["z."]], "by the number of the image"
+    table = 'file_name,Text\na.jpg,"A cat, which says ""GO""."\nb.jpg,"two\ndogs"\n\nc.jpg,\n'
+    for name, given in (("m.csv", table), ("m.jsonl", '{"text": "A cat, which says \\"GO\\"."}\n{"text": "two dogs"}')):
+        for protocol in ("coco30k", "file"):
+            found = read(asked(protocol, write(tmp_path / name, given)))
+            assert [g.texts for g in found] == [('A cat, which says "GO".',), ("two dogs",)], "as BK-SDM's list"
     found = read(asked("parti", parti(tmp_path / "p.tsv")))
     assert [(g.texts[0], g.category) for g in found] == [
         ('a sign that says "GO"', "Arts"),
@@ -96,7 +101,14 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         ("file", "a.txt", b"\n \n", "holds no prompts"),
         ("file", "a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', 'line 2: no "prompt", "text" or "caption"'),
         ("file", "a.jsonl", b"{'prompt'}\n", "line 1: no JSON"),
-        ("file", "a.csv", b"a\n", "is no list of prompts; .txt, .jsonl and .tsv are"),
+        ("file", "a.xml", b"a\n", "is no list of prompts; .txt, .csv, .jsonl and .tsv are"),
+        (
+            "coco30k",
+            "a.csv",
+            b"file_name,name\n1,2\n",
+            "has no column prompt, text, caption in its first line; it has file",
+        ),
+        ("coco30k", "a.csv", b"file_name,text\na,b\nc\n", "line 3: 1 columns where the first line has 2"),
         ("coco30k", "a.json", b'{"images": []}', 'is not COCO\'s JSON ("annotations"'),
         ("coco30k", "a.json", b"[1, 2", "is not COCO's JSON"),
         ("imagenet1k", "a.txt", b"", "holds no prompts; a text file with a class name a line"),
@@ -180,6 +192,11 @@ def test_what_is_asked_for_is_in_the_keys(text_values: dict[str, Any], tmp_path:
     after = graph_of(text_values, prompts=given)
     assert not {n.digest for n in before.of_stage("sample")} & {n.digest for n in after.of_stage("sample")}
     assert after.asking.reference is not None
+    # Real training images are of another kind and size: only their captions are scored.
+    scored = graph_of(text_values, prompts=given, clip_score=True)
+    real = next(node for name, _, node in scored.evaluations if name == "training images")
+    assert real.arguments["samples"] == [] and real.arguments["clips"] == ["clip real"]
+    assert not any("training images" in n.label for n in (*scored.of_stage("features"), *after.of_stage("evaluate")))
     reference = after.asking.reference.digest
     Image.fromarray(np.ones((9, 7, 3), np.uint8)).save(folder / "b.png")
     changed = graph_of(text_values, prompts=given).asking.reference
@@ -199,7 +216,9 @@ def test_a_dry_run_only_tells_what_is_missing(text_values: dict[str, Any]) -> No
     text_values["evaluate"] |= {"prompts": {"protocol": "coco30k", "images": "nowhere"}, "clip_score": True}
     graph = Graph(parse(text_values, where="text"), download=False)
     path, images = graph.asking.missing
-    assert path.startswith("evaluate.prompts.path: coco30k needs captions_val2014.json, and none is given; it comes ")
+    assert path.startswith(
+        "evaluate.prompts.path: coco30k needs captions_val2014.json (or a list of prompts: .csv, as BK-"
+    )
     assert path.endswith("http://images.cocodataset.org/annotations/annotations_trainval2014.zip")
     assert images.startswith("evaluate.prompts.images: nowhere is no folder; take the folder val2014 of http://")
     with pytest.raises(UserError, match=r"coco30k needs captions_val2014\.json"):
@@ -243,6 +262,43 @@ def test_an_unconditional_recipe_has_the_keys_that_it_had(pico_recipe: Recipe) -
     assert set(covered.settings) == {"sampler", "num_images"}
     assert set(covered.inputs) == {"base", "model 0"}
     assert graph.clip is None
+
+
+@pytest.mark.parametrize(("size", "told"), [(8, 8), (16, None), (64, None)])
+def test_serving_is_measured_with_no_more_images_than_are_sampled_at_once(
+    text_values: dict[str, Any], size: int, told: int | None
+) -> None:
+    graph = Graph(parse(text_values | {"runtime": {"sample_batch_size": size}}, where="text"))
+    assert graph.cost.key.settings.get("batch") == told
+    assert graph.served_batch == min(size, 16)
+
+
+@pytest.mark.parametrize("offset", [0, 1])  # the stock pipeline sets 1 in any case
+def test_steps_that_begin_beyond_the_timesteps_are_refused_before_anything_runs(
+    text_values: dict[str, Any], tmp_path: Path, offset: int
+) -> None:
+    folder = tiny.stable_diffusion(tmp_path / "pipeline")
+    file = folder / "scheduler" / "scheduler_config.json"
+    schedule = json.loads(file.read_text())
+    file.write_text(json.dumps(schedule | {"steps_offset": offset}))
+    text_values["model"]["pretrained"] = str(folder)
+    total = schedule["num_train_timesteps"]
+    listed = [{"name": "DDPMScheduler", "num_inference_steps": total}, {"num_inference_steps": 2}]
+    wanted = (
+        f": {total} steps of DDPMScheduler begin beyond the model's {total} timesteps, since its scheduler has "
+        f"steps_offset 1; take at most {total - 1} steps, or timestep_spacing=trailing"
+    )
+    for key, changes in (
+        ("evaluate.samplers.0", {"evaluate": {"samplers": listed}}),
+        ("merge.sampler", {"merge": {"sampler": listed[0]}}),
+        ("analyze.sampler", {"analyze": {"figures": ["trajectory"], "sampler": listed[0]}}),
+    ):
+        given = {**text_values, **{name: {**text_values[name], **more} for name, more in changes.items()}}
+        with pytest.raises(UserError) as error:
+            Graph(parse(given, where="text"))
+        assert str(error.value) == key + wanted
+    for change in ({"num_inference_steps": total - 1}, {"timestep_spacing": "trailing"}):
+        graph_of(text_values, samplers=[{**listed[0], **change}, listed[1]])
 
 
 # sizes
@@ -299,5 +355,19 @@ def test_a_folder_of_images_tells_what_each_was_asked_for_by(tmp_path: Path) -> 
     folder.begin([3, 7], ["three", "seven"])
     told = json.loads((tmp_path / "protocol.json").read_text())
     assert told["prompts"] == {"1": "one", "3": "three", "7": "seven"}
+    folder.write([1], np.zeros((1, 4, 4, 1), np.uint8))
     with pytest.raises(UserError, match='the image of seed 1 is there, asked for by "one", here by "two"'):
         folder.begin([1], ["two"])
+
+
+@pytest.mark.parametrize("format", ["png", "npy"])
+def test_images_that_are_there_keep_the_prompts_that_they_were_asked_for_by(tmp_path: Path, format: Any) -> None:
+    folder = ImageFolder(tmp_path, format, {"model": "merged"})
+    folder.begin([3, 1], ["three", "one"])
+    folder.begin([3, 1], ["three", "two"])  # none is there yet
+    assert json.loads((tmp_path / "protocol.json").read_text())["prompts"] == {"1": "two", "3": "three"}
+    folder.copy([3, 1], np.zeros((2, 4, 4, 1), np.uint8))
+    for check in (folder.check, folder.begin):
+        with pytest.raises(UserError, match='the image of seed 1 is there, asked for by "two", here by "one"'):
+            check([3, 1], ["three", "one"])
+    folder.begin([3, 1], ["three", "two"])

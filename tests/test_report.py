@@ -297,6 +297,40 @@ def test_a_gain_in_fd_is_none_where_images_fit_their_prompts_less() -> None:
     assert fell.sentence.endswith("not shown to help here: images fit their prompts less than base's.")
 
 
+def few_rows(kid: dict[str, float], clip: dict[str, float] | None = None, **fd: float) -> list[Row]:
+    """FD of 200 images against 244 in 2,048 features, and what is told beside."""
+    few = {**DDIM, "reference": 244, "features": 2048}
+    made = [row(name, fd=figure(mean, 0.05, n=200, protocol=few)) for name, mean in fd.items()]
+    for one in made:
+        for column, means in ((FD.replace("FD", "KID"), kid), (CLIP, clip or {})):
+            if one["model"] in means:
+                one["metrics"][column] = figure(means[one["model"]], 0.001, n=200)
+    return made
+
+
+def test_fd_of_no_more_images_than_features_decides_nothing() -> None:
+    fd = {"base": 90.0, "soup": 88.0, "merged": 50.0}
+    alone = verdict(few_rows({}, **fd))
+    assert alone.helps is None and alone.comparisons == []
+    biased = "FD of 200 images against 244 in 2,048 features is mostly bias"
+    assert alone.sentence == f"{biased}, so nothing can be concluded."
+    by_kid = verdict(few_rows({"base": 0.030, "soup": 0.020, "merged": 0.028}, **fd))
+    assert by_kid.helps is False and {c.metric for c in by_kid.comparisons} == {FD.replace("FD", "KID")}
+    assert by_kid.sentence.startswith(f"{biased}: KID decides. ")
+    by_clip = verdict(few_rows({}, {"base": 29.9, "soup": 29.8, "merged": 30.5}, **fd))
+    assert by_clip.helps is True and ": CLIP decides." in by_clip.sentence
+    fell = verdict(few_rows({"base": 0.03, "soup": 0.03, "merged": 0.01}, {"base": 30.0, "merged": 28.0}, **fd))
+    assert fell.helps is False and fell.sentence.endswith("images fit their prompts less than base's.")
+
+
+def test_kid_decides_only_where_fd_cannot() -> None:
+    rows = fd_rows(base=(6.4, 0.05), soup=(6.3, 0.05), merged=(5.9, 0.05))
+    before = verdict(rows)
+    for one in rows:
+        one["metrics"][FD.replace("FD", "KID")] = figure(0.03 if one["model"] == "base" else 0.09, 0.001)
+    assert verdict(rows) == before
+
+
 def test_standard_errors_are_told_and_have_a_column_of_their_own() -> None:
     rows = [row("base", **{CLIP: figure(30.0, error=0.041)}), row("merged", **{CLIP: figure(30.1, error=0.052)})]
     assert "standard error over images 0.041 to 0.052" in markdown(rows)

@@ -1,5 +1,6 @@
 """A seed an image: samples depend neither on batches, nor on interruptions, nor on any other randomness."""
 
+import copy
 import inspect
 import json
 import re
@@ -25,9 +26,10 @@ from deme_diffusion.evaluation.sample import (
     make_scheduler,
     sample,
     sample_pixels,
+    sample_seeds_to,
     sample_to,
 )
-from deme_diffusion.evaluation.samplers import UNUSABLE, check_sampler, names, parameters
+from deme_diffusion.evaluation.samplers import UNUSABLE, check_sampler, names, parameters, sampler_options
 from deme_diffusion.models.ddpm import DDPM
 
 DDIM = SamplerSettings(num_inference_steps=4)
@@ -192,6 +194,22 @@ def test_non_finite_images_are_a_user_error_and_nothing_is_counted_as_done(tmp_p
 # schedulers
 
 
+def test_a_folder_is_begun_only_once_a_first_batch_is_there(tmp_path: Path, pico_denoiser: DDPM) -> None:
+    broken, folder, begun = copy.deepcopy(pico_denoiser.module), tmp_path / "own", list[bool]()
+    with torch.no_grad():
+        broken.conv_out.bias.fill_(float("nan"))
+
+    def begin() -> None:
+        begun.append(folder.exists())
+        folder.mkdir()
+
+    with pytest.raises(UserError, match="non-finite"):
+        sample_seeds_to(folder, pico_denoiser, broken, DDIM, [1, 2, 3], batch_size=2, begin=begin)
+    assert not folder.exists() and not begun
+    sample_seeds_to(folder, pico_denoiser, pico_denoiser.module, DDIM, [1, 2, 3], batch_size=2, begin=begin)
+    assert begun == [False] and len(np.load(folder / IMAGES)) == 3
+
+
 def test_unknown_sampler_is_a_user_error_with_the_nearest_name(pico_denoiser: DDPM) -> None:
     with pytest.raises(UserError, match=r"'DDIMSchedule' is no sampler of .*; did you mean 'DDIMScheduler'\?"):
         make_scheduler(pico_denoiser, SamplerSettings(name="DDIMSchedule"))
@@ -267,6 +285,28 @@ def test_ddpm_at_its_full_length_of_1000_steps_is_the_stock_pipeline_s() -> None
 
 
 # every sampler that diffusers lists
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - set(UNUSABLE)))
+def test_steps_that_begin_beyond_the_timesteps_are_those_that_are_refused(name: str) -> None:
+    base = diffusers.PNDMScheduler(num_train_timesteps=T, steps_offset=1, skip_prk_steps=True)
+    for spacing in (
+        (None, "leading", "trailing", "linspace") if "timestep_spacing" in parameters(name, "__init__") else ()
+    ):
+        for steps in (1, 4, T // 2, T - 2, T - 1, T):
+            settings = SamplerSettings(name=name, num_inference_steps=steps, timestep_spacing=spacing)
+            given = {"timestep_spacing": spacing} if spacing else {}
+            scheduler = getattr(diffusers, name).from_config(base.config, **given)
+            scheduler.set_timesteps(steps)
+            if max(float(t) for t in scheduler.timesteps) < T:
+                sampler_options(settings, base.config)
+                continue
+            with pytest.raises(UserError, match=rf"^sampler: {steps} steps of {name} begin beyond") as refused:
+                sampler_options(settings, base.config)
+            most = re.search(r"at most (\d+) steps", str(refused.value))
+            assert most is not None
+            scheduler.set_timesteps(int(most[1]))
+            assert max(float(t) for t in scheduler.timesteps) == T - 1
 
 
 @pytest.mark.parametrize("name", names())

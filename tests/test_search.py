@@ -19,7 +19,8 @@ from deme_diffusion.division import uniform
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import objectives
 from deme_diffusion.evaluation.extractors.classifier import SmallClassifier
-from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, refuse_report
+from deme_diffusion.evaluation.metrics import frechet_distance, kernel_distance, statistics
+from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, KernelObjective, refuse_report
 from deme_diffusion.merging.search import (
     Candidate,
     Given,
@@ -33,6 +34,7 @@ from deme_diffusion.merging.search import (
     score,
     uniform_weights,
 )
+from deme_diffusion.merging.search.checks import shaping
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.objective import FixedNoise
@@ -365,3 +367,16 @@ def test_search_returns_its_best_trial_and_says_what_it_was_measured_by(
     assert (result["weights"], result["source"]) == (best(trials).weights, best(trials).source)
     assert result["objective"] == "FD(digits-cnn) DDIM-2, 16 images, search split"
     assert found["weights"] == result["weights"]
+
+
+def test_kid_judges_without_the_bias_of_few_images() -> None:
+    """Two halves of one set: FD of so few images is far from 0, KID is not; and it is the metric's own."""
+    rng = np.random.Generator(np.random.Philox(0))
+    real, generated = rng.standard_normal((2, 40, 64))
+    objective = object.__new__(KernelObjective)
+    objective.seed = 0
+    objective.features = lambda weights: generated  # type: ignore[method-assign]
+    objective.judge(real)
+    assert objective.value([0.0]) == kernel_distance(generated, real, seed=0)[0]
+    assert abs(objective.value([0.0])) < 0.5 < 10 < frechet_distance(statistics(generated), statistics(real))
+    assert shaping(MergeSettings(judge="kid")) == {**shaping(MergeSettings()), "judge": "kid"}

@@ -9,10 +9,14 @@ import yaml
 from deme_diffusion.artefacts import Store
 from deme_diffusion.config import ClipSettings
 from deme_diffusion.errors import UserError
+from deme_diffusion.pipeline import needs, space
 from deme_diffusion.pipeline.estimate import described, plan
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.pipeline.run import open_run
-from deme_diffusion.recipes import PACKAGED, load
+from deme_diffusion.planner.evidence import what_matters
+from deme_diffusion.planner.offline import ablation_of
+from deme_diffusion.planner.ranking import Candidate, Choice
+from deme_diffusion.recipes import PACKAGED, changed, load
 from deme_diffusion.recipes.schema import schema
 
 TABLE_2 = ["sd14-coco30k", "sd14-imagenet1k", "sd14-parti"]
@@ -49,7 +53,8 @@ def test_what_the_paper_states_is_set(name: str) -> None:
     assert {key: trained[key] for key in PAPERS} == PAPERS
     assert recipe.model.pretrained == "CompVis/stable-diffusion-v1-4"
     assert recipe.data.resolution == 512 and "6.5plus" in str(recipe.data.path)
-    assert recipe.evaluate.clip_score and "CLIP-ViT-g-14" in str(recipe.clip.pretrained)
+    assert recipe.evaluate.clip_score and recipe.clip.pretrained == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+    assert "laion2b_s34b_b88k" in (PACKAGED / "sd14-coco30k.yaml").read_text(), "the deviation from BK-SDM is said"
     assert recipe.extractor.kind == "inception"
     assert [s.label for s in recipe.evaluate.samplers] == ["PNDM-25-cfg7.5", "DDIM-25-cfg7.5"]
 
@@ -65,6 +70,16 @@ def test_each_of_table_2_asks_by_its_protocol(name: str, protocol: str, images: 
     assert list(graph.of_stage("clip_score"))
 
 
+@pytest.mark.parametrize("name", [*TABLE_2, *LORA])
+def test_no_search_is_judged_by_fd_of_fewer_images_than_features(name: str) -> None:
+    recipe = load(name).recipe
+    width = space.feature_width(recipe)
+    held = needs.split_images(recipe, "search")
+    assert held is not None and width == 2048
+    enough = min(held, recipe.merge.num_images) > width
+    assert recipe.merge.judge == ("fd" if enough else "kid") and enough == (name in TABLE_2)
+
+
 @pytest.mark.parametrize("name", LORA)
 def test_lora_recipes_leave_one_lora(name: str) -> None:
     recipe = load(name).recipe
@@ -78,13 +93,14 @@ def test_a_dry_run_says_what_a_text_recipe_needs(name: str) -> None:
     said = plan(open_run(load(name), download=False))
     lines = described(said)
     memory = said["memory_bytes"]
-    assert min(memory[kind] for kind in ("training", "encoding", "sampling", "figures")) >= 0
+    assert min(memory[kind] for kind in ("training", "encoding", "search", "sampling", "figures")) >= 0
     assert 0 < memory["training"] < 80e9 > memory["sampling"] > 0 and 0 < memory["encoding"] < 80e9, "one GPU of 80 GB"
+    assert 0 < memory["search"] < 80e9
     assert min(said["disk"][kind] for kind in ("data", "cache", "weights", "checkpoints", "images")) > 0
     assert min(said["flops"][kind] for kind in ("encoding", "training", "search", "sampling", "measuring")) > 0
     rates = said["rates"]
     assert rates["training"]["precision"] == "half precision"
-    assert rates["sampling"]["precision"] == ("half precision" if name in LORA else "TF32")
+    assert rates["sampling"]["precision"] == ("half precision" if name in LORA else "TF32 and float32")
     (time,) = (line for line in lines if line.startswith("time:"))
     assert f"{rates['training']['flops'] / 1e12:g} TFLOP/s in training (half precision)" in time
     assert any(line.startswith("to do:") and ("by LoRA of" in line) == (name in LORA) for line in lines)
@@ -100,6 +116,26 @@ def test_missing_files_of_a_protocol_are_told_with_where_to_get_them(name: str) 
     said = " ".join(described(plan(open_run(load(name), download=False))))
     assert "evaluate.prompts.path:" in said and "it comes from http" in said
     assert ("evaluate.prompts.images:" in said) == (name != "sd14-parti")
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_a_protocols_files_are_looked_for_before_anything_is_fetched(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fetched in ("snapshot_download", "hf_hub_download", "HfApi.repo_info"):
+        monkeypatch.setattr(f"huggingface_hub.{fetched}", lambda *a, **k: pytest.fail("asked the hub first"))
+    with pytest.raises(UserError, match=r"evaluate\.prompts\.path"):
+        Graph(load(name).recipe, download=True)
+
+
+@pytest.mark.parametrize("clip_score", [True, False])
+def test_proposed_ablations_ask_for_the_clip_score_where_it_is_measured(clip_score: bool) -> None:
+    recipe = load("sdxl-lora", [f"evaluate.clip_score={str(clip_score).lower()}"]).recipe
+    change = {"decouple.consistency_weight": 0.0}
+    target = frozenset({what_matters(changed(recipe, change))})
+    one = Candidate("consistency loss", "REMOVE", None, target, 8000, 0.2, "", False)
+    choice = Choice("consistency loss", "REMOVE", (one,), 0.5, 1.0)
+    assert ("CLIP score" in ablation_of(choice, recipe).metrics) == clip_score
 
 
 @pytest.mark.parametrize("name", [*TABLE_2, *LORA])

@@ -19,6 +19,7 @@ from deme_diffusion.api import sample
 from deme_diffusion.cli import main
 from deme_diffusion.config import SamplerSettings
 from deme_diffusion.data.splits import to_pixels
+from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.sample import IMAGES, image_seeds
 from deme_diffusion.files import write_text
 from deme_diffusion.pipeline.prompted import of_split
@@ -81,6 +82,9 @@ def test_every_model_has_a_clip_score_and_its_error(run: Run) -> None:
     said = verdict(rows).sentence
     assert "merged has CLIP(digits-clip) DDPM-3" in said
     assert "Nothing can be concluded from one training seed" in said
+    fds = [f for row in rows for name, f in row["metrics"].items() if name.startswith("FD(") and f["mean"] is not None]
+    assert fds and all(f["protocol"]["features"] >= f["n"] for f in fds), "which their protocol tells"
+    assert said.startswith("FD of ") and "features is mostly bias: KID decides." in said
 
 
 def test_images_are_asked_for_by_the_report_split_and_are_the_stock_pipelines(run: Run, pipeline: Path) -> None:
@@ -150,6 +154,20 @@ def test_other_prompts_share_the_models(run: Run, pipeline: Path, tmp_path: Path
     told = json.loads((other.store.folder(base.key) / "metrics.json").read_text())
     assert told["reference_images"] == 12
     assert set(told["clip"]) == set(told["images"]) == {"DDIM-2-cfg3/0", "DDPM-3/0"}
+    other.execute()
+    rows, _ = other.report()
+    real = next(row for row in rows if row["model"] == "training images")["metrics"]
+    compared = [name for name in rows[0]["metrics"] if not name.startswith(("CLIP", "loss")) and "DD" in name]
+    assert compared and set(real) == {*compared, *(f"CLIP(digits-clip) {one}" for one in ("DDIM-2-cfg3", "DDPM-3"))}
+    for name, figure in real.items():
+        if name in compared:
+            assert figure["mean"] is None
+            assert figure["reason"].startswith("training images are of another kind and size than the reference ")
+        else:
+            assert figure["mean"] is not None
+    latency = rows[0]["metrics"]["latency (ms)"]["protocol"]
+    assert latency["per"] == "step; the whole pipeline (text, steps and decoding) over its steps"
+    assert latency["batch"] == min(16, other.recipe.runtime.sample_batch_size)
 
 
 def test_without_reference_images_there_is_no_fd(run: Run, pipeline: Path, tmp_path: Path) -> None:
@@ -190,11 +208,25 @@ def test_images_of_seeds_are_asked_for_by_the_tables_prompts_or_by_others(
     assert [file.read_bytes() for file in cats.files] == [
         (tmp_path / "plain" / file.name).read_bytes() for file in cats.files
     ]
+    array = sample(run.folder, seeds=[0, 1], format="npy", **{**options, "images": tmp_path / "array"})  # type: ignore[arg-type]
+    before = array.files[0].read_bytes()
+    with pytest.raises(UserError, match='the image of seed 0 is there, asked for by "a cat", here by "a dog"'):
+        sample(run.folder, seeds=[0, 1], format="npy", **{**options, "images": tmp_path / "array", "prompts": "a dog"})  # type: ignore[arg-type]
+    assert array.files[0].read_bytes() == before
     status, said = deme("sample", run.merged, "--seeds", "0", "--images", tmp_path / "none")
     assert status == 2
     assert said.endswith("a pipeline that takes text, whose images need --prompts: a text or a file\n")
     status, said = deme("sample", run.folder, "--prompts", "a cat", "--images", tmp_path / "none")
     assert (status, said) == (2, "deme: --prompts: the table's images have their own; give --seeds\n")
+
+
+@pytest.mark.parametrize("format", ["png", "npy"])
+def test_what_a_sampler_refuses_leaves_no_folder(run: Run, tmp_path: Path, format: Any) -> None:
+    total = run.graph.division.num_timesteps
+    options = {"seeds": [0], "prompts": "a cat", "images": tmp_path / "own", "format": format}
+    with pytest.raises(UserError, match=f"{total} steps of DDPMScheduler begin beyond"):
+        sample(run.folder, sampler="DDPMScheduler", num_inference_steps=total, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "own").exists()
 
 
 def stages_splits(run: Run) -> Any:

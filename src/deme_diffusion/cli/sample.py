@@ -64,8 +64,8 @@ def sample(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="What the images are asked for by: a text for all, or a file (.txt, .jsonl, .tsv) whose prompt s is "
-            "that of seed s, counted round; numbers of classes where the model takes classes.  [the table's prompts]"
+            help="What the images are asked for by: a text for all, or a file (.txt, .csv, .jsonl, .tsv) whose prompt "
+            "s is that of seed s, counted round; numbers of classes where it takes classes.  [the table's prompts]"
         ),
     ] = None,
     images: Annotated[

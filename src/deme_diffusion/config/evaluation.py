@@ -70,17 +70,25 @@ class PromptSettings(Settings):
     """What images are asked for where the model takes text or classes, and what they are compared with.
 
     `report`: the captions or classes of the report split, which is the reference. `coco30k`, `imagenet1k`, `parti`: the
-    paper's (Table 2), from files at `path`, compared with `images` where FD is to be measured. `file`: any prompts.
+    paper's (Table 2), from files at `path`, compared with `images` where FD is to be measured; coco30k takes COCO's
+    captions_val2014.json, or a list of prompts such as BK-SDM's own 30,000 (metadata.csv). `file`: any prompts.
     """
 
     protocol: Literal["report", "coco30k", "imagenet1k", "parti", "file"] = "report"
-    path: str | None = Field(None, description="captions .json (coco30k), PartiPrompts .tsv, classes or prompts .txt")
+    path: str | None = Field(
+        None,
+        description="captions .json, or prompts .csv (a column text), .txt, .jsonl (coco30k); PartiPrompts .tsv; "
+        "classes .txt; any prompts",
+    )
     images: str | None = Field(None, description="folder of the reference images of FD; parti has none")
     seed: int = Field(0, description="of the choice among more prompts than images")
 
 
 class ClipSettings(Settings):
-    """The model of the CLIP score: a transformers CLIP by hub name or folder; null trains a small one (`deme clip`)."""
+    """The model of the CLIP score: a transformers CLIP by hub name or folder; null trains a small one (`deme clip`).
+
+    BK-SDM's published scores (Kim et al. 2023) are those of ViT-g-14 laion2b_s34b_b88k; other CLIPs give other scores.
+    """
 
     pretrained: str | None = None
     revision: str | None = None

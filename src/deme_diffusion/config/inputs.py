@@ -21,6 +21,10 @@ TAKES: dict[str, Literal["nothing", "class", "text"]] = {
 """Family -> what it is conditioned on. All but ddpm denoise the latents of an autoencoder."""
 FLOW = ("stable_diffusion_3", "flux", "wan")
 """Families of flow matching."""
+OF_ONE = {"num_frames": "wan", "training_guidance": "flux"}
+"""Settings that one family has."""
+MOST_TOKENS = {"stable_diffusion_3": 512, "flux": 512}
+"""Tokens of T5 at most, where the stock pipeline refuses more."""
 
 
 class ModelSettings(Settings):
@@ -44,19 +48,30 @@ class ModelSettings(Settings):
     resolution: Positive | None = Field(
         None, description="flow matching: side of the images in pixels; null: the family's, as its checkpoint says"
     )
-    num_frames: Positive = Field(1, description="wan: frames of a video; 1: images")
+    num_frames: Positive = Field(
+        1, description="wan: frames of a video; 1: images; above 1 each image is a video that stands still"
+    )
     max_sequence_length: Positive | None = Field(
-        None, description="flow matching: tokens of T5; null: as the stock pipeline takes them"
+        None, description="flow matching: tokens of T5, at most 512; null: as the stock pipeline takes them"
+    )
+    training_guidance: float = Field(
+        1.0,
+        ge=0.0,
+        description="flux: what a guidance-distilled model is told in training; diffusers' Flux scripts default to "
+        "3.5, others train at 1",
     )
 
     @model_validator(mode="after")
     def _flow_agrees(self) -> Self:
         flow = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "resolution", "max_sequence_length")
         idle = () if self.flow else flow
-        idle = idle if self.family == "wan" else (*idle, "num_frames")
+        idle = (*idle, *(key for key, family in OF_ONE.items() if family != self.family))
         if said := [key for key in idle if key in self.changed()]:
-            families = "wan" if said[0] == "num_frames" else ", ".join(FLOW)
+            families = OF_ONE.get(said[0], ", ".join(FLOW))
             raise ValueError(f"model.{said[0]}: family {self.family} does not know it ({families} do); leave it out")
+        if self.family in MOST_TOKENS and (self.max_sequence_length or 0) > MOST_TOKENS[self.family]:
+            most = MOST_TOKENS[self.family]
+            raise ValueError(f"max_sequence_length: {self.max_sequence_length}; {self.family} takes at most {most}")
         return self
 
     @property
@@ -83,7 +98,11 @@ class CacheSettings(Settings):
     """Latents and text embeddings computed once and shared by all experts (`deme cache`), of a latent family."""
 
     enabled: bool = Field(True, description="false: images and captions are encoded anew at every step")
-    views: Positive = Field(1, description="stored augmented views of each training image, of which a step draws one")
+    views: Positive | None = Field(
+        None,
+        description="stored views of each training image, of which a step draws one; null: 4 where images are "
+        "augmented or cropped at random, else 1",
+    )
     dtype: Precision = Field("float16", description="of what is stored")
     batch_size: Positive = Field(32, description="images or captions encoded at once")
     shard_size: str = Field("1GB", description="of the safetensors files at most")

@@ -78,6 +78,11 @@ class MergeSettings(Settings):
         description="what the search lowers; least_squares and gradient take the loss for fd. Whichever it is, the "
         "answer is the best by FD among the finalists, w = 0, uniform and one-hot weights",
     )
+    judge: Literal["fd", "kid"] = Field(
+        "fd",
+        description="what judges instead of FD throughout: kid, which has no bias, where images are not many more than "
+        "the extractor's features",
+    )
     ridge: float = Field(1e-3, ge=0.0, description="pull of least squares towards 0, relative to A's mean diagonal")
     scales: tuple[float, ...] = Field(
         (0.5, 1.0, 1.5), min_length=1, description="multiples of the least-squares weights to score"

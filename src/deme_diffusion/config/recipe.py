@@ -93,6 +93,8 @@ class Recipe(Settings):
             raise ValueError(f"model.{idle[0]}: family {family} has no encoder; leave it out")
         if not self.model.latent and (idle := list(self.cache.changed())):
             raise ValueError(f"cache.{idle[0]}: family {family} has no latents to keep; leave it out")
+        if family == "stable_diffusion_xl" and self.data.crop == "random":
+            raise ValueError(f"data.crop=random: family {family} would be told of whole images; set data.crop=center")
         if self.model.takes == "nothing" and self.decouple.proportion_empty_prompts:
             raise ValueError(f"decouple.proportion_empty_prompts: family {family} takes no prompts; leave it 0")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ USUAL = ("text", "caption", "txt")
 """Columns that hold captions where `data.caption_column` names none."""
 CAPTIONS = "captions.jsonl"
 """A list of captions for each image; where each line begins is in the index."""
-NAMED = 3
-"""Of images that lack something, how many are named."""
+NAMED, LISTED = 3, 12
+"""Of images that lack something, how many are named; of columns, how many are listed."""
 
 
 def caption_column(settings: DataSettings, columns: Sequence[str]) -> str | None:
@@ -28,13 +28,11 @@ def caption_column(settings: DataSettings, columns: Sequence[str]) -> str | None
     """
     named = settings.caption_column
     if named is not None:
-        if named.split(".")[0] not in columns and named not in columns:
-            told = (
-                f"{settings.path} has no column {named!r}{nearest(named, columns)}; its columns: {', '.join(columns)}"
-            )
+        if holder(named, columns) is None:
+            told = f"{settings.path} has no column {named!r}{nearest(named, columns)}; {listing(columns)}"
             raise UserError(f"data.caption_column: {told}")
         return named
-    found = next((name for name in USUAL if name in columns), None)
+    found = usual(columns)
     if found is None and settings.missing_captions == "refuse":
         raise UserError(f"data.caption_column: {_none(settings, columns)}, or set data.missing_captions=empty")
     return found
@@ -44,17 +42,47 @@ def _none(settings: DataSettings, columns: Sequence[str]) -> str:
     others = [name for name in columns if name not in ("image", "label", "__key__", "__url__")]
     if settings.source == "folder" and not others:
         return f"{settings.path} has no captions: put a metadata.jsonl with file_name and text beside the images"
-    told = f"its columns: {', '.join(columns)}"
-    return f"{settings.path} has no column {', '.join(USUAL[:-1])} or {USUAL[-1]}; {told}; name one"
+    return f"{settings.path} has no column {', '.join(USUAL[:-1])} or {USUAL[-1]}; {listing(columns)}; name one"
 
 
-def captions_in(row: Mapping[str, Any], column: str) -> list[str]:
+def usual(columns: Collection[str]) -> str | None:
+    """The column that captions are in where none is named; None where there is none such."""
+    return next((name for name in USUAL if name in columns), None)
+
+
+def listing(columns: Sequence[str]) -> str:
+    """The columns for a message; of very many the first."""
+    return f"its columns: {', '.join(columns[:LISTED])}{', ...' if len(columns) > LISTED else ''}"
+
+
+def holder(named: str, columns: Collection[str]) -> str | None:
+    """The column that a name is in, as `json` of `json.caption`; None where there is none."""
+    parts = named.split(".")
+    starts = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((start for start in starts if start in columns), None)
+
+
+def captions_in(row: Mapping[str, Any], column: str, image: str, *, as_json: bool = False) -> list[str]:
     """The captions of a row: one, several of a list, none of an empty cell; blanks at their ends are dropped.
 
-    Raises UserError for a cell that holds no text.
+    `image`: how it is called. `as_json`: the cell is JSON still. Raises UserError for a cell that holds no text.
     """
-    cell = row[column] if column in row else _inside([row[column.split(".")[0]]], column.split(".")[1:])
-    return [said for text in _texts(cell, column) if (said := text.strip())]
+    held = holder(column, row)
+    assert held is not None, "checked at opening"
+    cell, inside = row[held], column.removeprefix(held).split(".")[1:]
+    try:
+        if as_json and cell is not None:
+            cell = _parsed(cell, held)
+        return [said for text in _texts(_inside([cell], inside) if inside else cell, column) if (said := text.strip())]
+    except UserError as error:
+        raise UserError(f"data.caption_column: {image}: {error}") from None
+
+
+def _parsed(cell: str, column: str) -> Any:
+    try:
+        return json.loads(cell)
+    except ValueError as error:
+        raise UserError(f"{column!r} is not JSON ({error})") from None
 
 
 def _inside(values: list[Any], names: Sequence[str]) -> list[Any]:
@@ -74,16 +102,14 @@ def _texts(cell: Any, column: str) -> Iterator[str]:
     elif cell is not None:
         found = ", ".join(cell) if isinstance(cell, dict) else cell
         inside = f"; name one of these as {column}.NAME" if isinstance(cell, dict) else ""
-        raise UserError(f"data.caption_column: {column!r} holds no text but {type(cell).__name__} ({found}){inside}")
+        raise UserError(f"{column!r} holds no text but {type(cell).__name__} ({found}){inside}")
 
 
 def _decoded(text: str | bytes, column: str) -> str:
     try:  # a string may hold halves of characters, which JSON can write and no tokenizer takes
         return text.decode() if isinstance(text, bytes) else text.encode().decode()
     except UnicodeError as error:
-        raise UserError(
-            f"data.caption_column: {column!r} holds text that is not UTF-8 ({error}); save it anew"
-        ) from None
+        raise UserError(f"{column!r} holds text that is not UTF-8 ({error}); save it anew") from None
 
 
 # -- metadata beside images -----------------------------------------------------------------------
@@ -102,7 +128,14 @@ def unlisted(settings: DataSettings) -> list[str]:
                 pass
     if any(table.suffix != ".jsonl" for table in tables) or not tables:
         return []
-    named = {table.parent / str(record.get("file_name")) for table in tables for record in _records(table)}
+    named, kinds = set[Path](), dict[str, tuple[str, str]]()
+    for table in tables:
+        before = len(named)
+        for number, record in _records(table):
+            _check_kinds(record, f"{table}: line {number}", kinds)
+            named.add(table.parent / str(record.get("file_name")))
+        if len(named) == before:
+            raise UserError(f"data.path: {table} is empty: it needs a line with file_name and text for each image")
     return [file.relative_to(root).as_posix() for root in [_root(settings)] for file in files
             if file not in tables and file not in named]  # fmt: skip
 
@@ -122,7 +155,19 @@ def _lines(table: Path) -> Iterator[tuple[int, str]]:
                 raise UserError(f"data.path: {table}: line {number} is not UTF-8 ({what}); save it as UTF-8") from None
 
 
-def _records(table: Path) -> Iterator[dict[str, Any]]:
+def _check_kinds(record: Mapping[str, Any], where: str, seen: dict[str, tuple[str, str]]) -> None:
+    """Raises UserError where a column is of another kind than in a line before; `seen`: its kind, and the line."""
+    names = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "a boolean"}
+    for column, value in record.items():
+        if value is None:
+            continue
+        kind, first = seen.setdefault(column, (names[type(value)], where))
+        if kind != names[type(value)]:
+            told = f"{column!r} is {names[type(value)]}, but {kind} in {first}"
+            raise UserError(f"data.path: {where}: {told}; write all lines alike")
+
+
+def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(table):
         if not line.strip():
             continue
@@ -132,7 +177,7 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"data.path: {table}: line {number} is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"data.path: {table}: line {number} is not a JSON object with file_name and text")
-        yield record
+        yield number, record
 
 
 # -- kept -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +32,15 @@ TEXT = "text"
 """The part that is no split's latents."""
 ROWS = "rows"
 """In the metadata of a shard: which rows of its part it holds."""
+CUT = "cut"
+"""In the metadata of a shard: how many of its captions the tokenizer cuts."""
+LOOKED_AT, AT_ONCE = 10_000, 256
+"""Captions that are counted at most where there is no cache, and at a time."""
 MOST_ROWS = 8192
 """Rows of a shard at most, which is what a kill may cost."""
 TOLD_EVERY = 10.0
 """Seconds between two lines of progress."""
-Encode = Callable[[int, int], Iterator[State]]
+Encode = Callable[[int, int], Iterator[tuple[State, int]]]
 
 
 class Encoder(Protocol):
@@ -55,7 +60,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows stored alike: a split's latents, view after view, or the text. `encode` gives rows [start, stop)."""
+    """Rows stored alike: a split's latents, view after view, or the text.
+
+    `encode` gives rows [start, stop) in batches, each with the number of its captions that were cut.
+    """
 
     name: str
     rows: int
@@ -86,20 +94,30 @@ class Shard:
 
     def is_in(self, folder: Path) -> bool:
         """Whether an earlier attempt wrote it, with the same rows."""
+        return self._told(folder).get(ROWS) == f"{self.start}-{self.stop}"
+
+    def cut(self, folder: Path) -> int:
+        """How many captions the tokenizer cut, of a shard that is written."""
+        return int(self._told(folder).get(CUT, 0))
+
+    def _told(self, folder: Path) -> dict[str, str]:
         try:
             with safe_open(folder / self.name, framework="pt") as opened:
-                return bool((opened.metadata() or {}).get(ROWS) == f"{self.start}-{self.stop}")
+                return dict(opened.metadata() or {})
         except (SafetensorError, OSError):
-            return False
+            return {}
 
-    def write(self, folder: Path, dtype: str, progress: Progress) -> None:
-        """Encode its rows, and write them in one go."""
-        batches = []
-        for batch in self.part.encode(self.start, self.stop):
+    def ensure(self, folder: Path, dtype: str, progress: Progress) -> None:
+        """Encode its rows, and write them in one go, unless they are there."""
+        if self.is_in(folder):
+            return
+        batches, cut = [], 0
+        for batch, shortened in self.part.encode(self.start, self.stop):
             batches.append({key: _stored(value, dtype) for key, value in batch.items()})
+            cut += shortened
             progress.add(len(next(iter(batch.values()))))
         state = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-        save_state(folder / self.name, state, {ROWS: f"{self.start}-{self.stop}"})
+        save_state(folder / self.name, state, {ROWS: f"{self.start}-{self.stop}", CUT: str(cut)})
 
     def entry(self, folder: Path) -> dict[str, Any]:
         """Its line in `cache.json`."""
@@ -127,16 +145,20 @@ def make_cache(
     """
     captions = distinct_captions(splits) if splits["train"].carries == "text" else []
     images = _Encoding(encoder, settings, torch.device(device), workers)
-    parts = [images.of_split(split, views[name]) for name, split in splits.items()]
-    parts += [_text(captions, encoder, settings)] if captions else []
+    # Text first: what is wrong with captions is seen before hours of images.
+    parts = [_text(captions, encoder, settings)] if captions else []
+    parts += [images.of_split(split, views[name]) for name, split in splits.items()]
     shards = [shard for part in parts for shard in part.shards(most_bytes, settings.batch_size)]
     left = [shard for shard in shards if not shard.is_in(folder)]
     _say_size(parts, folder)
     require_space(folder, sum(shard.bytes for shard in left))
-    cut = _cut(encoder, captions)
     progress = Progress(sum(shard.stop - shard.start for shard in left))
-    for shard in left:
-        shard.write(folder, settings.dtype, progress)
+    spoken, seen = ([shard for shard in shards if (shard.part.name == TEXT) is text] for text in (True, False))
+    for shard in spoken:
+        shard.ensure(folder, settings.dtype, progress)
+    _say_cut(cut := sum(shard.cut(folder) for shard in spoken), f"{len(captions):,} captions")
+    for shard in seen:
+        shard.ensure(folder, settings.dtype, progress)
     for stale in {file.name for file in folder.glob("*.safetensors")} - {shard.name for shard in shards}:
         (folder / stale).unlink()  # of an attempt with other sizes of shards
     counts = {"latents": sum(part.rows for part in parts if part.name != TEXT), "captions": len(captions), "cut": cut}
@@ -152,13 +174,21 @@ def distinct_captions(splits: Mapping[SplitName, Split]) -> list[str]:
     return sorted({*found, ""}, key=caption_digest)
 
 
-def _cut(encoder: Encoder, captions: Sequence[str]) -> int:
-    """How many captions the tokenizer cuts, said where there are some."""
-    cut = sum(encoder.truncated(captions)) if captions else 0
-    if cut:
-        said = "cache: %d of %d captions are longer than the model's tokenizer takes, and are cut"
-        log.warning(said, cut, len(captions))
+def say_cut(encoder: Encoder, splits: Mapping[SplitName, Split]) -> int:
+    """Count, and tell, the training captions that the tokenizer cuts: of those of a run without a cache the first."""
+    train = splits["train"]
+    each = (caption for i in train.indices for caption in train.source.captions(i))
+    captions = list(islice(each, LOOKED_AT + 1))
+    first, captions = "the first " if len(captions) > LOOKED_AT else "", captions[:LOOKED_AT]
+    batches = (captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE))
+    cut = sum(sum(encoder.truncated(batch)) for batch in batches)
+    _say_cut(cut, f"{first}{len(captions):,} training captions")
     return cut
+
+
+def _say_cut(cut: int, of: str) -> None:
+    if cut:
+        log.warning("captions: %s of %s are longer than the model's tokenizer takes, and are cut", f"{cut:,}", of)
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -177,7 +207,7 @@ class _Encoding:
         """All views of a split."""
         row = prod(self.encoder.sample_shape) * _itemsize(self.settings)
 
-        def encode(start: int, stop: int) -> Iterator[State]:
+        def encode(start: int, stop: int) -> Iterator[tuple[State, int]]:
             batches = _Images(split, start, stop, self.settings.batch_size)
             for images in DataLoader(
                 batches,
@@ -186,7 +216,7 @@ class _Encoding:
                 worker_init_fn=leave_signals_to_the_parent,
                 generator=torch.Generator(),  # or the loader draws from the global one
             ):
-                yield {LATENT: self.encoder.encode_images(images.to(self.device))}
+                yield {LATENT: self.encoder.encode_images(images.to(self.device))}, 0
 
         return Part(split.name, len(split) * views, row, encode)
 
@@ -215,11 +245,11 @@ class _Images(Dataset[torch.Tensor]):
 
 
 def _text(captions: Sequence[str], encoder: Encoder, settings: CacheSettings) -> Part:
-    def encode(start: int, stop: int) -> Iterator[State]:
+    def encode(start: int, stop: int) -> Iterator[tuple[State, int]]:
         for first in range(start, stop, settings.batch_size):
             some = captions[first : min(first + settings.batch_size, stop)]
             digests = torch.tensor([caption_digest(caption) for caption in some])
-            yield {CAPTION: digests, **encoder.encode_captions(some)}
+            yield {CAPTION: digests, **encoder.encode_captions(some)}, sum(encoder.truncated(some))
 
     digest, itemsize = torch.int64.itemsize, _itemsize(settings)
     each = [v.numel() * (itemsize if v.is_floating_point() else v.itemsize) for v in encoder.placeholder(1).values()]

@@ -17,6 +17,7 @@ import numpy as np
 
 from deme_diffusion.config import DataSettings
 from deme_diffusion.data.captions import CAPTIONS, NAMED, Captionfile, Counted, unlisted
+from deme_diffusion.data.classes import Classes
 from deme_diffusion.data.prepare import Corrupt, Encoded, as_array, decode, in_mode, prepared
 from deme_diffusion.data.sources import Pixels, SplitName
 from deme_diffusion.data.splits import SPLITS, split_of
@@ -136,11 +137,18 @@ class Pixelfile:
 
 
 def make_index(
-    settings: DataSettings, folder: Path, *, commit: str | None, limit: float, captioned: bool = False
+    settings: DataSettings,
+    folder: Path,
+    *,
+    commit: str | None,
+    limit: float,
+    captioned: bool = False,
+    classed: bool = False,
 ) -> dict[str, Any]:
     """Scan the data set into `folder`: `index.npz`, `index.json`, and `pixels.bin` where they fit into `limit` bytes.
 
-    `captioned`: `captions.jsonl` too. Raises UserError for what `Table` and `Summary.check` refuse.
+    `captioned`: `captions.jsonl` too; `classed`: also which classes the labels are in the data set. Raises UserError
+    for what `Table` and `Summary.check` refuse.
     """
     if settings.source == "folder":
         _warn_of_unlisted(settings)
@@ -175,6 +183,7 @@ def make_index(
     }
     if said is not None:
         arrays["caption"] = np.array(said.offsets)
+    arrays |= _classes(labels, table.names) if classed else {}
     np.savez(folder / INDEX, **(arrays | _labels(labels)))
     seen = {**summary.as_dict(), **({"captions": told.as_dict()} if captioned else {})}
     write_json(folder / SUMMARY, seen)
@@ -192,13 +201,25 @@ def _labels(labels: list[Any]) -> dict[str, np.ndarray]:
 
     A negative number is missing too, as data sets on the hub have it.
     """
-    present = [None if label is None or (isinstance(label, int) and label < 0) else label for label in labels]
-    known = {label for label in present if label is not None}
-    if not known:
+    if not (order := _order(labels)):
         return {}
-    order = sorted(known) if all(isinstance(label, int) for label in known) else sorted(known, key=str)
     number = {label: i for i, label in enumerate(order)}
-    return {"label": np.array([-1 if label is None else number[label] for label in present])}
+    return {"label": np.array([number.get(label, -1) for label in labels])}
+
+
+def _order(labels: list[Any]) -> list[Any]:
+    """The values that are no missing ones, in order."""
+    known = {label for label in labels if label is not None and not (isinstance(label, int) and label < 0)}
+    return sorted(known) if all(isinstance(label, int) for label in known) else sorted(known, key=str)
+
+
+def _classes(labels: list[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of each class number the data set's own, and what it names its classes."""
+    order = _order(labels)
+    numbered = all(isinstance(label, int) for label in order)
+    called = names if numbered else [str(label) for label in order]
+    own = {"class": np.array(order if numbered else range(len(order)), np.int64)}
+    return {**own, **({"class_name": np.array(called, str)} if called else {})} if order else {}
 
 
 class Indexed:
@@ -211,6 +232,7 @@ class Indexed:
         self.split, self._offset, self._shape = arrays["split"], arrays["offset"], arrays["shape"]
         self._labels: np.ndarray | None = arrays.get("label")
         self._caption: np.ndarray | None = arrays.get("caption")
+        self._class, self._names = arrays.get("class"), arrays.get("class_name")
         self._pixels, self._captions = _mapped(folder / PIXELS), _mapped(folder / CAPTIONS)
         self._table: Table | None = None
 
@@ -229,6 +251,12 @@ class Indexed:
     def label(self, index: int) -> int | None:
         """The class, or None."""
         return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+
+    @property
+    def classes(self) -> Classes:
+        """Which classes the labels are in the data set, of an index that was made with them."""
+        names = () if self._names is None else tuple(str(name) for name in self._names)
+        return Classes(() if self._class is None else self._class.tolist(), names)
 
     def captions(self, index: int) -> Sequence[str]:
         """Its captions, of an index that was made with them."""

@@ -1,78 +1,128 @@
-"""Tar shards of WebDataset: which columns their samples have, by the first shard's beginning. No torch."""
+"""Tar shards of WebDataset: the members that share a name before its first point are a sample. No torch."""
 
 from __future__ import annotations
 
-import json
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from deme_diffusion.data.contents import IMAGES
+from deme_diffusion.digests import size_and_time
 from deme_diffusion.errors import UserError
+from deme_diffusion.files import require_space
 
-LOOKED_AT = 1000
-"""Members of the first shard by which columns are known: samples may lack some, and the first few say little."""
-PARSED = 20
-"""Of JSON members: how many are read for the names and kinds of what is in them."""
-TEXT, NUMBERS, RECORDS = ("txt", "text", "transcript"), ("cls", "cls2", "index", "inx", "id"), ("json", "jsn")
-"""Endings that `datasets` decodes, and as what."""
+LOOKED_AT, FEW = 1000, 20
+"""Members of the first shard, and of each other, by which columns are known: samples may lack some."""
+RECORDS = ("json", "jsn")
+"""Endings of members in which captions have a name."""
+KEY, IMAGE = "__key__", "image"
+"""Columns of a row: how its sample is called, its image."""
+WRITTEN = 100
+"""Rows that are written at once, which are in memory together."""
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+Member = tuple[str, str, tarfile.TarInfo]
+"""The name of its sample, its column, where it is."""
 
 
-def columns_of(files: Sequence[Path]) -> Any:
-    """The `datasets` features of what training may read: images, text, numbers, records; the rest is never unpacked.
+def columns_of(files: Sequence[Path]) -> dict[str, Any]:
+    """What the heads of the shards hold: columns, of images and of what is read as text.
 
-    Raises UserError for a shard without samples.
+    Raises UserError for a file that is no tar, and where none has samples.
     """
     import datasets
 
     found: dict[str, Any] = {}
-    records: dict[str, list[Any]] = {}
-    with tarfile.open(files[0]) as tar:
-        for column, member in _members(tar):
-            ending = column.rpartition(".")[-1].lower()
-            if f".{ending}" in IMAGES:
-                found[column] = datasets.Image()
-            elif ending in TEXT or ending in NUMBERS:
-                found[column] = datasets.Value("string" if ending in TEXT else "int64")
-            elif ending in RECORDS and len(records.setdefault(column, [])) < PARSED:
-                opened = tar.extractfile(member)
-                records[column].append(json.loads(opened.read()) if opened else None)
+    for number, file in enumerate(files):
+        with _Shard(file) as shard:
+            for _, column, _ in islice(shard.members(), FEW if number else LOOKED_AT):
+                found[column] = datasets.Image() if _is_image(column) else datasets.Value("string")
     if not found:
         raise UserError(f"data.path: {files[0]} has no samples: images and captions of one name, as 0001.jpg, 0001.txt")
-    return datasets.Features({**found, **{column: _kind(some) for column, some in records.items()}})
+    return found
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The first files of a shard by their columns: what follows the first point of a name."""
-    for number, member in enumerate(tar):
-        if number >= LOOKED_AT:
-            return
-        if member.isfile() and (parts := _NAME.match(member.name)):
-            yield parts[2], member
+def rows_of(files: Sequence[Path], image: str | None, texts: Sequence[str]) -> Any:
+    """The samples as a data set of `datasets`, which copies them once: image, these columns as text, the name.
+
+    `image`: its column; None: whichever member is one. Raises UserError that names what cannot be read.
+    """
+    from datasets import Features, Image, Value
+    from datasets.io.generator import GeneratorDatasetInputStream
+
+    features = Features({IMAGE: Image(decode=False), **{text: Value("string") for text in texts}, KEY: Value("string")})
+    given = {"files": [(str(file), *size_and_time(file)) for file in files], "image": image, "texts": tuple(texts)}
+    return GeneratorDatasetInputStream(_samples, features=features, gen_kwargs=given, writer_batch_size=WRITTEN).read()
 
 
-def _kind(records: Sequence[Any]) -> Any:
-    """The feature of JSON members, in which some may lack what others have."""
-    import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
+def _samples(files: list[tuple[str, int, int]], image: str | None, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row for each sample that has something of what is wanted. It is run only where there is no copy yet."""
+    from datasets import config
 
-    return datasets.Features.from_arrow_schema(pa.table({"json": pa.array(records)}).schema)["json"]
+    require_space(Path(config.HF_DATASETS_CACHE), sum(size for _, size, _ in files))
+    for name, _, _ in files:
+        with _Shard(Path(name)) as shard:
+            for key, members in groupby(shard.members(), key=lambda member: member[0]):
+                if row := shard.row(key, members, image, texts):
+                    yield row
 
 
-def undecodable(files: Sequence[Path]) -> str:
-    """The first text member that is not UTF-8, told by its name; '' where all are."""
-    for file in files:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                parts = _NAME.match(member.name)
-                if parts is None or parts[2].rpartition(".")[-1].lower() not in (*TEXT, *RECORDS):
-                    continue
-                opened = tar.extractfile(member)
-                try:
-                    _ = opened.read().decode() if opened else ""
-                except UnicodeDecodeError:
-                    return f"; {member.name} of {file.name} is not UTF-8"
-    return ""
+class _Shard:
+    """A tar file. Raises UserError, by its name, for one that is none or breaks off."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self.tar = tarfile.open(file)  # noqa: SIM115
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise self._unreadable(error) from None
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tar.close()
+
+    def members(self) -> Iterator[Member]:
+        """In order; of a name that begins with ./ without it."""
+        try:
+            for member in self.tar:
+                if member.isfile() and (parts := _NAME.match(posixpath.normpath(member.name))):
+                    yield parts[1], parts[2], member
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise self._unreadable(error) from None
+
+    def row(self, key: str, members: Iterator[Member], image: str | None, texts: Sequence[str]) -> dict[str, Any]:
+        """What is wanted of a sample; empty where it has nothing of it."""
+        row: dict[str, Any] = {}
+        shown: str | None = None
+        for _, column, member in members:
+            if column == image or (image is None and _is_image(column)):
+                if shown not in (None, column):
+                    told = f"{self.file}: {key} has several images ({shown}, {column})"
+                    raise UserError(f"data.image_column: {told}; name one (a sample's name ends at its first point)")
+                shown, row[IMAGE] = column, {"bytes": self._read(member), "path": None}
+            elif column in texts:
+                row[column] = self._text(member)
+        return {IMAGE: None, **dict.fromkeys(texts), **row, KEY: f"{self.file.name}: {key}"} if row else {}
+
+    def _read(self, member: tarfile.TarInfo) -> bytes:
+        opened = self.tar.extractfile(member)
+        return opened.read() if opened else b""
+
+    def _text(self, member: tarfile.TarInfo) -> str:
+        try:
+            return self._read(member).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.path: {self.file}: {member.name} is not UTF-8 ({error}); save it anew") from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).partition(":")[0].split()) or type(error).__name__
+        return UserError(f"data.path: {self.file} cannot be read as webdataset ({reason}); copy or make it again")
+
+
+def _is_image(column: str) -> bool:
+    return f".{column.rpartition('.')[-1].lower()}" in IMAGES

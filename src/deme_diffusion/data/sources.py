@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from deme_diffusion.data.classes import Classes
 from deme_diffusion.errors import MachineError
 from deme_diffusion.files import file_digest
 
@@ -36,6 +37,10 @@ class Source(Protocol):
     def pixels(self, index: int) -> Pixels: ...
 
     def label(self, index: int) -> int | None: ...
+
+    @property
+    def classes(self) -> Classes:
+        """Which classes the labels are in the data set, where it is known."""
 
     def captions(self, index: int) -> Sequence[str]:
         """One or several captions of an image; none where the source has no text."""
@@ -67,6 +72,11 @@ class Digits:
     def label(self, index: int) -> int:
         """The digit, 0..9."""
         return int(self._labels[index])
+
+    @property
+    def classes(self) -> Classes:
+        """The digits."""
+        return Classes(range(10))
 
     def captions(self, index: int) -> Sequence[str]:
         """The digit in several wordings."""

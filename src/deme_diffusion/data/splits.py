@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from deme_diffusion.config import DataSettings
@@ -45,7 +46,8 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 class Split:
     """One split of a source: `indices` into the source, in an order that does not follow classes.
 
-    `carries`: what its batches hold beside images, as the model takes it (`Denoiser.takes`).
+    `carries`: what its batches hold beside images, as the model takes it (`Denoiser.takes`). `classes`: of each label
+    the model's class, which a batch holds in its place.
     """
 
     name: SplitName
@@ -53,6 +55,7 @@ class Split:
     indices: Sequence[int]
     settings: DataSettings
     carries: Carries = "nothing"
+    classes: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -110,7 +113,9 @@ class Split:
         """`caption` (b strings) or `label` (b,): the caption by number, or by draws in [0, 1); none where `dropped`."""
         gone = np.zeros(len(positions), bool) if dropped is None else dropped
         if self.carries == "class":
-            return {"label": torch.where(torch.from_numpy(gone), -1, self.labels(positions))}
+            labels = self.labels(positions)
+            labels = labels if self.classes is None else torch.from_numpy(self.classes)[labels]
+            return {"label": torch.where(torch.from_numpy(gone), -1, labels)}
         numbers = [which if isinstance(which, int) else float(which[i]) for i in range(len(positions))]
         captions = [self.caption(p, number) for p, number in zip(positions, numbers, strict=True)]
         return {"caption": ["" if gone[i] else caption for i, caption in enumerate(captions)]}
@@ -137,7 +142,7 @@ class Split:
         return pixels[top : top + side, left : left + side]
 
     def labels(self, positions: Sequence[int]) -> torch.Tensor:
-        """int64 (b,). Raises UserError when the source has no labels."""
+        """int64 (b,), 0, 1, ... without gaps. Raises UserError when the source has no labels."""
         labels = [self.source.label(self.indices[p]) for p in positions]
         if any(label is None for label in labels):
             where = f" {self.settings.path}" if self.settings.path else ""

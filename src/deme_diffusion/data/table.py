@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deme_diffusion.config import DataSettings
-from deme_diffusion.data.captions import caption_column, captions_in
+from deme_diffusion.data.captions import caption_column, captions_in, holder, listing, usual
 from deme_diffusion.data.contents import METADATA, listed
 from deme_diffusion.data.prepare import Encoded
-from deme_diffusion.data.shards import columns_of, undecodable
+from deme_diffusion.data.shards import IMAGE, KEY, RECORDS, columns_of, rows_of
 from deme_diffusion.digests import size_and_time
 from deme_diffusion.errors import MachineError, UserError, nearest
+from deme_diffusion.files import require_space
 from deme_diffusion.rng import generator
 
-KINDS = {"folder": "imagefolder", "parquet": "parquet", "webdataset": "webdataset"}
+KINDS = {"folder": "imagefolder", "parquet": "parquet"}
 """Source -> what `datasets` calls it."""
 Row = tuple[Encoded | None, Any]
 """An encoded image (None where the column is empty) and its label, None where there is none."""
@@ -32,16 +34,28 @@ class Table:
 
     def __init__(self, settings: DataSettings, commit: str | None = None, *, captioned: bool = False) -> None:
         self.settings = settings
-        self.rows = _opened(settings, commit)
-        features = dict(self.rows.features or {})
-        if not features:  # a stream that does not say: its first row does
-            features = dict(next(iter(self.rows), {}))
+        shards = listed(settings) if settings.source == "webdataset" else []
+        self.rows: Any = None
+        if shards:
+            features = columns_of(shards)
+        else:
+            self.rows = _opened(settings, commit)  # of a stream that does not say, the first row tells its columns
+            features = dict(self.rows.features or next(iter(self.rows), {}))
         self.columns = list(features)
         self.images = self._image_columns(features)
         self.label = self._optional(settings.label_column, "label")
+        self.names: Sequence[str] = getattr(features.get(self.label or ""), "names", ())
         self.caption = caption_column(settings, self.columns) if captioned else None
-        taken = (*self.images, self.label, self._of(self.caption))
-        self.rows = self._undecoded().select_columns(list(dict.fromkeys(c for c in taken if c)))
+        self.json = bool(shards) and (self._of(self.caption) or "").endswith(RECORDS)
+        if shards:
+            # Captions whether they are asked for now or not, or there would be two copies.
+            texts = [
+                column for column in (self.label, self._of(settings.caption_column) or usual(self.columns)) if column
+            ]
+            self.rows, self.images = _of_shards(settings, shards, texts), [IMAGE]
+        else:
+            taken = (*self.images, self.label, self._of(self.caption))
+            self.rows = self._undecoded().select_columns(list(dict.fromkeys(c for c in taken if c)))
         most = settings.max_images
         if most is not None and not settings.streaming and most < len(self.rows):
             # Not the first: folders list images by class.
@@ -60,8 +74,8 @@ class Table:
         return next((image for image in found if image is not None), None)
 
     def _of(self, name: str | None) -> str | None:
-        """The column that a name is in, as `json` of `json.caption`."""
-        return name if name is None or name in self.columns else name.split(".")[0]
+        """The column that a name is in."""
+        return None if name is None else holder(name, self.columns)
 
     def __iter__(self) -> Iterator[Row]:
         """The rows in order, up to `data.max_images`. Raises MachineError where a stream or a file breaks off."""
@@ -70,7 +84,7 @@ class Table:
     def captioned(self) -> Iterator[tuple[Encoded | None, Any, list[str]]]:
         """The same, each with its captions. Raises UserError for captions that are no text."""
         rows = islice(iter(self.rows), self.settings.max_images)
-        while True:
+        for number in count():
             try:
                 row = next(rows, None)
                 encoded = self._encoded(row) if row else None
@@ -79,11 +93,12 @@ class Table:
                 raise MachineError(f"data.path: {self.settings.path} breaks off ({reason}); try again") from None
             if row is None:
                 return
-            yield (
-                encoded,
-                row[self.label] if self.label else None,
-                captions_in(row, self.caption) if self.caption else [],
-            )
+            label = row[self.label] if self.label else None
+            captions: list[str] = []
+            if self.caption:
+                path = f"{encoded.parent.name}/{encoded.name}" if isinstance(encoded, Path) else None
+                captions = captions_in(row, self.caption, row.get(KEY) or path or f"number {number}", as_json=self.json)
+            yield encoded, _number(label) if KEY in row else label, captions
 
     def _image_columns(self, features: dict[str, Any]) -> list[str]:
         """The column of the images; of shards the columns, one for each kind of file."""
@@ -127,31 +142,57 @@ class Table:
         return f"{self.settings.path} has no column {name!r}{nearest(name, self.columns)}; {self._listed()}"
 
     def _listed(self) -> str:
-        return f"its columns: {', '.join(self.columns)}"
+        return listing(self.columns)
 
 
 def _opened(settings: DataSettings, commit: str | None) -> Any:
     import datasets
 
-    if not datasets.are_progress_bars_disabled():
-        datasets.disable_progress_bars()
+    _without_bars()
     try:
         if settings.source == "hub":
             return _on_hub(settings, commit)
         files = listed(settings)
         if settings.source == "folder" and not any(f.name in METADATA for f in files):
-            return datasets.Dataset.from_dict(_columns(files))
-        options = {"features": columns_of(files)} if settings.source == "webdataset" else {}
-        given = {"train": _as_they_are(files)}
-        return datasets.load_dataset(KINDS[settings.source], data_files=given, split="train", **options)
-    except UserError:
+            return _in_folders(files)
+        given: dict[str, Any] = {"data_files": {"train": _as_they_are(files)}}
+        if settings.source == "parquet":
+            _require_copy(files, datasets.load_dataset_builder("parquet", **given).cache_dir)
+        return datasets.load_dataset(KINDS[settings.source], split="train", **given)
+    except (UserError, MachineError):
         raise
     except Exception as error:  # a dozen kinds of pyarrow, the hub and the file system
-        cause = error.__cause__ or error
-        where = undecodable(files) if settings.source == "webdataset" and isinstance(cause, UnicodeError) else ""
-        raise UserError(
-            f"data.path: {settings.path} cannot be read as {settings.source} ({_reason(cause)}){where}"
-        ) from None
+        raise _unreadable(settings, error) from None
+
+
+def _without_bars() -> None:
+    import datasets
+
+    if not datasets.are_progress_bars_disabled():
+        datasets.disable_progress_bars()
+
+
+def _of_shards(settings: DataSettings, files: Sequence[Path], texts: Sequence[str]) -> Any:
+    _without_bars()
+    try:
+        return rows_of(files, settings.image_column, texts)
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # `datasets` wraps what is raised while it copies
+        if isinstance(error.__cause__, UserError | MachineError):
+            raise error.__cause__ from None
+        raise _unreadable(settings, error) from None
+
+
+def _unreadable(settings: DataSettings, error: Exception) -> UserError:
+    reason = _reason(error.__cause__ or error)
+    return UserError(f"data.path: {settings.path} cannot be read as {settings.source} ({reason})")
+
+
+def _require_copy(files: Sequence[Path], copy: str) -> None:
+    """Raises MachineError where the copy that `datasets` makes of files to read them by row does not fit the disk."""
+    if not Path(copy).exists():
+        require_space(Path(copy), sum(size_and_time(file)[0] for file in files))
 
 
 def _on_hub(settings: DataSettings, commit: str | None) -> Any:
@@ -165,14 +206,15 @@ def _on_hub(settings: DataSettings, commit: str | None) -> Any:
     )
 
 
-def _columns(files: Sequence[Path]) -> dict[str, list[Any]]:
+def _in_folders(files: Sequence[Path]) -> Any:
     """Paths, and as labels the folders they lie in: where these are several, and all at one depth."""
-    columns: dict[str, list[Any]] = {"image": [str(f) for f in files]}
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    columns, features = {"image": [str(f) for f in files]}, Features({"image": Value("string")})
     names = sorted({f.parent.name for f in files})
     if len(names) > 1 and len({len(f.parts) for f in files}) == 1:
-        number = {name: i for i, name in enumerate(names)}
-        columns["label"] = [number[f.parent.name] for f in files]
-    return columns
+        columns["label"], features["label"] = [f.parent.name for f in files], ClassLabel(names=names)
+    return Dataset.from_dict(columns, features=features)
 
 
 def _as_they_are(files: Sequence[Path]) -> Any:
@@ -180,6 +222,12 @@ def _as_they_are(files: Sequence[Path]) -> Any:
     from datasets.data_files import DataFilesList
 
     return DataFilesList([str(f) for f in files], [tuple(map(str, size_and_time(f))) for f in files])
+
+
+def _number(label: str | None) -> int | str | None:
+    """A class as it is written in a member: a number where it is one."""
+    text = None if label is None else label.strip()
+    return int(text) if text and re.fullmatch(r"-?\d+", text) else text or None
 
 
 def _is_image_struct(kind: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,13 +27,30 @@ def unseen(t: torch.Tensor, x_t: torch.Tensor, prediction: torch.Tensor) -> None
 
 @contextmanager
 def refusals(settings: SamplerSettings) -> Iterator[None]:
-    """A schedule or prediction type that a sampler of diffusers does not know, in one line."""
+    """In one line a schedule or prediction type that a sampler of diffusers does not know, and what the stock pipeline
+    refuses; other errors pass."""
     try:
         yield
     except UserError:
         raise
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"sampler: {settings.name} does not fit the model: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split())
+        if _of_schedulers(error):
+            raise UserError(f"sampler: {settings.name} does not fit the model: {told}") from None
+        if _modules(error)[-1].startswith("diffusers.pipelines."):
+            raise UserError(f"the stock pipeline refuses what it is asked for: {told}") from None
+        raise
+
+
+def _of_schedulers(error: BaseException) -> bool:
+    """Whether a scheduler raised it, or a pipeline on setting its timesteps."""
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "retrieve_timesteps" in names or any(m.startswith("diffusers.schedulers.") for m in _modules(error))
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Where an error passed, to where it was raised."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def generated(
@@ -76,13 +94,7 @@ def _told(scheduler: Any, settings: SamplerSettings, generators: list[torch.Gene
             kwargs["eta"] = settings.eta
         if "generator" in accepted and kwargs.get("generator") is None:
             kwargs["generator"] = generators * (len(sample) // count)  # DiT's steps both halves of its guidance
-        try:
-            return step(model_output, timestep, sample, *args, **kwargs)
-        except IndexError:  # a schedule with an offset, which pipelines of Stable Diffusion set, begins beyond T
-            steps = settings.num_inference_steps
-            raise UserError(
-                f"sampler: {steps} steps of {settings.name} begin beyond the model's timesteps; take fewer"
-            ) from None
+        return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = stepping
     if scale is not None:

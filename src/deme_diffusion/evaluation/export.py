@@ -78,8 +78,9 @@ class ImageFolder:
     format: Format
     protocol: dict[str, Any]
 
-    def check(self, seeds: Sequence[int] | None) -> None:
-        """Raises UserError where images would overwrite, or be mixed with, something else."""
+    def check(self, seeds: Sequence[int] | None, prompts: Sequence[Prompt] | None = None) -> None:
+        """Raises UserError where images would overwrite, or be mixed with, something else; or where the image of a seed
+        is there, asked for by another prompt."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--images {self.path}: a file, where a folder is needed")
         if self.format not in get_args(Format):
@@ -98,13 +99,15 @@ class ImageFolder:
                     f"--images {self.path}: holds other images ({key} is {_said(there.get(key))} there, "
                     f"{_said(value)} here); give another folder"
                 )
+        if seeds and prompts is not None:
+            self._prompts(there, seeds, prompts)
 
     def begin(self, seeds: Sequence[int], prompts: Sequence[Prompt] | None = None) -> None:
         """Check, and note what the images are, before the first of them is written; what each is asked for by too.
 
-        Raises UserError where the image of a seed is there, asked for by something else.
+        Raises UserError as `check` does.
         """
-        self.check(seeds)
+        self.check(seeds, prompts)
         there = self._there()
         known = list(seeds) if self.format == "npy" else sorted({*_read_seeds(there), *seeds})
         noted = {} if prompts is None else {"prompts": self._prompts(there, seeds, prompts)}
@@ -115,11 +118,12 @@ class ImageFolder:
     def _prompts(
         self, there: dict[str, Any] | None, seeds: Sequence[int], prompts: Sequence[Prompt]
     ) -> dict[str, Prompt]:
-        """Seed -> prompt, of those that are there and those that come."""
-        known: dict[str, Prompt] = dict((there or {}).get("prompts") or {}) if self.format == "png" else {}
+        """Seed -> prompt, of those that are there and those that come; an array is its seeds' from its beginning."""
+        known: dict[str, Prompt] = dict((there or {}).get("prompts") or {})
         for seed, prompt in zip(seeds, prompts, strict=True):
-            before = known.setdefault(str(seed), prompt)
-            if before != prompt:
+            before = known.get(str(seed), prompt)
+            known[str(seed)] = prompt
+            if before != prompt and self.files([seed])[0].exists():
                 raise UserError(
                     f"--images {self.path}: the image of seed {seed} is there, asked for by {_said(before)}, "
                     f"here by {_said(prompt)}; give another folder"

@@ -5,10 +5,10 @@ Weights are what `Materialise` takes: numbers, one an expert, or with others by 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from deme_diffusion.division import Runs, from_runs
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.extractors.base import Extractor
 from deme_diffusion.evaluation.features import extract_real, features_of
-from deme_diffusion.evaluation.metrics import frechet_distance, statistics
+from deme_diffusion.evaluation.metrics import frechet_distance, kernel_distance, statistics
 from deme_diffusion.evaluation.sample import Prompts, sample_pixels
 from deme_diffusion.models.denoiser import Denoiser, Noised
 from deme_diffusion.models.objective import FixedNoise, Held, denoising_loss
@@ -31,8 +31,12 @@ from deme_diffusion.rng import generator
 Array = npt.NDArray[np.float64]
 Materialise = Callable[[Any], nn.Module]
 """Weights -> the merged module, ready to run."""
+Turn = Callable[[], nn.Module]
+"""Gives a module that may answer until the next one is asked for: several may be one and the same, changed."""
 SECANT = 0.01
 """Step in a weight that a_i is measured over: the model bends at 1, and float32's rounding averages out."""
+HELD_ANSWERS = 2**30
+"""Bytes of batches and answers, about, that wait while one module takes the places of others."""
 BACKWARD = 3.0
 """A gradient in forward passes: one, and the backward pass of about two."""
 
@@ -77,10 +81,18 @@ class FrechetObjective:
 
     def __post_init__(self) -> None:
         refuse_report(self.split)
-        self.reference = statistics(extract_real(self.split, self.extractor).features)
+        self.judge(extract_real(self.split, self.extractor).features)
+
+    def judge(self, reference: npt.NDArray[np.floating[Any]]) -> None:
+        """Keep what images are compared with: the search split's features (n, d)."""
+        self.reference = statistics(reference)
 
     def value(self, weights: Any) -> float:
         """FD of the merged model."""
+        return frechet_distance(statistics(self.features(weights)), self.reference)
+
+    def features(self, weights: Any) -> npt.NDArray[np.floating[Any]]:
+        """Of images of the merged model (n, d)."""
         pixels = sample_pixels(
             self.denoiser,
             self.materialise(weights),
@@ -90,7 +102,19 @@ class FrechetObjective:
             batch_size=self.batch_size,
             prompts=self.prompts,
         )
-        return frechet_distance(statistics(features_of(pixels, self.extractor)), self.reference)
+        return features_of(pixels, self.extractor)
+
+
+@dataclass
+class KernelObjective(FrechetObjective):
+    """KID instead: it has no bias, so that images no more than their features can be compared by it."""
+
+    def judge(self, reference: npt.NDArray[np.floating[Any]]) -> None:
+        self.real = reference
+
+    def value(self, weights: Any) -> float:
+        """KID of the merged model."""
+        return kernel_distance(self.features(weights), self.real, seed=self.seed)[0]
 
 
 @dataclass
@@ -101,6 +125,7 @@ class FixedNoiseObjective:
     weigh by the timesteps they hold; `relative`: alike, each by its loss over the base's. A gradient's step takes
     `step_points` points, as many of each range, others every step, and at most `backward_batch` of them at once.
     `base` is the model at w = 0. Where the recipe fixes parameters that is not the base itself, which is `reference`.
+    `in_turn`: base and experts in one module, while a block lasts; None: each is a module of its own.
     """
 
     noise: FixedNoise
@@ -112,6 +137,7 @@ class FixedNoiseObjective:
     step_points: int | None = None
     backward_batch: int | None = None
     reference: nn.Module | None = None
+    in_turn: Callable[[], AbstractContextManager[Sequence[Turn]]] | None = None
 
     def __post_init__(self) -> None:
         refuse_report(self.noise.split)
@@ -137,26 +163,50 @@ class FixedNoiseObjective:
         diffusers' U-Nets, whose attention and group norm have none on strided tensors), and A w = b holds at the
         minimum of that model.
         """
+        if at is None and self.in_turn is not None:
+            with self.in_turn() as turns:
+                return self._equations(turns, 1.0, HELD_ANSWERS)
         if at is None:
-            return self._equations([self.base, *(load() for load in self.experts)], 1.0)
+            modules = [self.base, *(load() for load in self.experts)]
+            return self._equations([lambda module=module: module for module in modules], 1.0)  # type: ignore[misc]
         moved = [[w + SECANT * (i == j) for j, w in enumerate(at)] for i in range(len(at))]
-        a, b = self._equations([copy.deepcopy(self.materialise(weights)) for weights in (list(at), *moved)], SECANT)
+        turns = [partial(self.materialise, weights) for weights in (list(at), *moved)]
+        a, b = self._equations(turns, SECANT, HELD_ANSWERS)
         return a, b + a @ np.asarray(at, dtype=np.float64)
 
-    def _equations(self, modules: Sequence[nn.Module], step: float) -> tuple[Array, Array]:
-        """A and b of the first module and those that are `step` away from it, each in its own weight."""
-        count = len(modules) - 1
+    def _equations(self, turns: Sequence[Turn], step: float, held: int = 0) -> tuple[Array, Array]:
+        """A and b of the first module and those that are `step` away from it, each in its own weight.
+
+        A module answers to as many batches at a time as `held` bytes allow, or to one.
+        """
+        count = len(turns) - 1
         a, b = np.zeros((count, count)), np.zeros(count)
-        device = next(self.base.parameters()).device
-        points = self.noise.num_images * self.noise.settings.draws
-        for runs, weight in zip(self.noise.ranges, self._range_weights, strict=True):
-            share = weight / points
-            for noised in self.noise.batches(runs, device):
-                predict = [self.noise.denoiser.answer(module, noised).double().flatten() for module in modules]
+        for batches in self._together(held, len(turns)):
+            answers = [self._answers(turn(), [noised for noised, _ in batches]) for turn in turns]
+            for (noised, share), *own in zip(batches, *answers, strict=True):
+                predict = [answer.double().flatten() for answer in own]
                 changes = (torch.stack(predict[1:]) - predict[0]) / step
                 a += share * (changes @ changes.T).cpu().numpy()
                 b += share * (changes @ (noised.target.double().flatten() - predict[0])).cpu().numpy()
         return a, b
+
+    def _together(self, held: int, answers: int) -> Iterator[list[tuple[Noised, float]]]:
+        """All batches with what a point of each counts, as many at a time as fit, with answers, into so many bytes."""
+        device = next(self.base.parameters()).device
+        points = self.noise.num_images * self.noise.settings.draws
+        batches, size = list[tuple[Noised, float]](), 0
+        for runs, weight in zip(self.noise.ranges, self._range_weights, strict=True):
+            for noised in self.noise.batches(runs, device):
+                batches.append((noised, weight / points))
+                size += (answers + 2) * noised.x_t.nbytes + sum(told.nbytes for told in noised.condition.values())
+                if size >= held:
+                    yield batches
+                    batches, size = [], 0
+        if batches:
+            yield batches
+
+    def _answers(self, module: nn.Module, batches: Sequence[Noised]) -> list[torch.Tensor]:
+        return [self.noise.denoiser.answer(module, noised) for noised in batches]
 
     # -- the gradient ------------------------------------------------------------------------------
 

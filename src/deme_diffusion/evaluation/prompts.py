@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ TEXT = ("prompt", "text", "caption")
 """Columns or keys of a list of prompts, in any case."""
 TEMPLATE = "a photo of a {}"
 """How a class of ImageNet is asked for."""
+LISTS = (".txt", ".csv", ".jsonl", ".tsv")
+"""Files that `listed` reads."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,10 @@ class Group:
 
 
 def captions_of_coco(path: Path, key: str) -> list[Group]:
-    """The captions of each image of an annotation file of COCO, by the number of the image."""
+    """The captions of each image of an annotation file of COCO, by the number of the image; or a list of prompts, as
+    BK-SDM's metadata.csv is."""
+    if path.suffix.lower() in LISTS:
+        return listed(path, key)
     try:
         found = json.loads(_text(path, key))
         captions: dict[int, list[str]] = {}
@@ -51,14 +57,16 @@ def class_names(path: Path, key: str) -> list[Group]:
 
 
 def listed(path: Path, key: str) -> list[Group]:
-    """The prompts of a .txt, .jsonl or .tsv file, in their order; empty lines are passed over."""
+    """The prompts of a .txt, .csv, .jsonl or .tsv file, in their order; empty lines are passed over."""
     kind = path.suffix.lower()
     if kind == ".tsv":
         return [Group((row["text"],)) for row in _rows(path, key, ("text",))]
+    if kind == ".csv":
+        return [Group((text,)) for text in _of_csv(path, key)]
     if kind == ".jsonl":
         return [Group((text,)) for text in _of_json(path, key)]
     if kind != ".txt":
-        raise UserError(f"{key}: {path} is no list of prompts; .txt, .jsonl and .tsv are")
+        raise UserError(f"{key}: {path} is no list of prompts; .txt, .csv, .jsonl and .tsv are")
     return [Group((line,)) for line in _lines(_text(path, key))]
 
 
@@ -76,6 +84,23 @@ def _of_json(path: Path, key: str) -> Iterator[str]:
             raise UserError(f'{key}: {path}, line {number}: no "prompt", "text" or "caption" with a text')
         if _line(text):
             yield _line(text)
+
+
+def _of_csv(path: Path, key: str) -> Iterator[str]:
+    """The texts of a table with commas, in quotes where they hold some; its first line names the columns."""
+    lines = csv.reader(_text(path, key).splitlines(keepends=True))
+    first = next(lines, [])
+    place = _place([name.strip().lower() for name in first], TEXT)
+    if place is None:
+        has = ", ".join(name.strip() for name in first if name.strip()) or "none"
+        raise UserError(f"{key}: {path} has no column {', '.join(TEXT)} in its first line; it has {has}")
+    for cells in lines:
+        if any(cell.strip() for cell in cells) and len(cells) <= place:
+            raise UserError(
+                f"{key}: {path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(first)}"
+            )
+        if cells and _line(cells[place] if len(cells) > place else ""):
+            yield _line(cells[place])
 
 
 def _rows(path: Path, key: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:

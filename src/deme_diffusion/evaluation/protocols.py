@@ -42,12 +42,13 @@ class Protocol:
 PROTOCOLS = {
     "coco30k": Protocol(
         "coco30k",
-        "captions_val2014.json",
+        "captions_val2014.json (or a list of prompts: .csv, as BK-SDM's metadata.csv, .txt, .jsonl, .tsv)",
         "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
         images="the folder val2014 of http://images.cocodataset.org/zips/val2014.zip",
         side=256,
         fit="squeezed",
-        about="a caption of each of as many images of COCO val2014, compared with all of val2014, all as 256x256 "
+        about="a caption of each of as many images of COCO val2014 (or BK-SDM's own 30,000 prompts, its "
+        "metadata.csv), compared with all of val2014, all as 256x256 "
         "(Kim et al. 2023, BK-SDM, but for its JPEG files)",
     ),
     "imagenet1k": Protocol(
@@ -67,7 +68,7 @@ PROTOCOLS = {
     ),
     "file": Protocol(
         "file",
-        "a .txt (a prompt a line), .jsonl or .tsv (a column prompt, text or caption)",
+        "a .txt (a prompt a line), .csv, .jsonl or .tsv (a column prompt, text or caption)",
         "whatever prompts you have",
         shuffled=False,
         about="the prompts of a file",

@@ -139,25 +139,38 @@ def sample_seeds_to(
     prompts: Prompts = None,
     side: int | None = None,
     cursor_name: str = CURSOR,
+    begin: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """An image for each seed, in their order, into `folder/images.npy`, as `sample_to`."""
+    """An image for each seed, in their order, into `folder/images.npy`, as `sample_to`.
+
+    The folder is touched, after `begin`, only once a first batch is there: what a sampler refuses leaves nothing.
+    """
     path, cursor, count = folder / IMAGES, folder / cursor_name, len(seeds)
     channels, *size = denoiser.image_shape
     shape = (count, *size_at(tuple(size), side), channels)
     done = _resume_at(path, cursor, shape)
-    images = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
-    with explained("write", path), path.open("r+b") as file:
-        # Writing through a memory map to a full disk kills the process: the blocks are asked for beforehand.
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    images: Any = None
     for first in range(done, count, batch_size):
         asked = of_batch(prompts, first, batch_size)
         batch = sample_batch(denoiser, module, settings, seeds[first : first + batch_size], prompts=asked)
+        if images is None:
+            begin()
+            images = _array(path, shape, new=not done)
         images[first : first + len(batch)] = reduced_to(batch, side)
         images.flush()
         write_json(cursor, {"done": first + len(batch)})
         progress(first + len(batch))
+
+
+def _array(path: Path, shape: tuple[int, ...], *, new: bool) -> Any:
+    """A memory map of images, new or as it is."""
+    images = np.lib.format.open_memmap(path, mode="w+" if new else "r+", dtype=np.uint8, shape=shape)
+    with explained("write", path), path.open("r+b") as file:
+        # Writing through a memory map to a full disk kills the process: the blocks are asked for beforehand.
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
 
 
 def sample_batch(

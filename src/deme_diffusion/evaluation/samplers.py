@@ -24,6 +24,8 @@ PNDM_STEPS = 4
 
 OF_FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 """For flow matching alone; others solve both, with flow sigmas or without."""
+OFFSETS = {"stable_diffusion": 1}
+"""`steps_offset` that a family's stock pipeline sets, whatever the config of its scheduler says."""
 GIVES_MU = "flux"
 """The family whose stock pipeline tells every scheduler a shift by the size of images."""
 
@@ -73,14 +75,38 @@ def sampler_options(
 ) -> dict[str, Any]:
     """What `from_config` of a sampler's class must be told beside the checkpoint's scheduler config.
 
-    Raises UserError for one that cannot step on that schedule.
+    Raises UserError for one that cannot step on that schedule, or that begins beyond its timesteps.
     """
     name, options = sampler.name, dict[str, Any]()
     if sampler.timestep_spacing is not None:
         options["timestep_spacing"] = sampler.timestep_spacing
+    _check_first(sampler, config, key, family)
     if name == "DPMSolverSinglestepScheduler":
         options["lower_order_final"] = True  # diffusers turns it on in any case, with a warning at every batch
     return options | (_flow_options(name, config, key, family) if is_flow(config) else {})
+
+
+def _check_first(sampler: SamplerSettings, config: Mapping[str, Any], key: str, family: str | None) -> None:
+    """Raises UserError where `steps_offset`, added to steps that are spaced from 0, leads beyond the timesteps."""
+    name, steps = sampler.name, sampler.num_inference_steps
+    own, total = parameters(name, "__init__"), int(config.get("num_train_timesteps", 0))
+    offset = int(OFFSETS.get(family or "", config.get("steps_offset", 0)))
+    if not offset or not total or not {"steps_offset", "timestep_spacing"} <= own:
+        return
+    inherited = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
+    spacing = sampler.timestep_spacing or inherited.get("timestep_spacing") or default_spacing(name)
+
+    def beyond(steps: int) -> bool:
+        more = int("solver_order" in own)  # these space one step more, and leave out timestep 0
+        return (steps - 1 + more) * (total // (steps + more)) + offset >= total
+
+    if spacing == "leading" and beyond(steps):
+        most = next((fewer for fewer in range(steps - 1, 0, -1) if not beyond(fewer)), None)
+        fewer = "" if most is None else f"at most {most} steps, or "
+        raise UserError(
+            f"{key}: {steps} steps of {name} begin beyond the model's {total} timesteps, since its scheduler has "
+            f"steps_offset {offset}; take {fewer}timestep_spacing=trailing"
+        )
 
 
 def _flow_options(name: str, config: Mapping[str, Any], key: str, family: str | None) -> dict[str, Any]:
@@ -122,12 +148,28 @@ def names() -> tuple[str, ...]:
 @cache
 def parameters(name: str, method: str) -> frozenset[str]:
     """Parameters of a method of a diffusers scheduler, read from its source."""
+    found = _method(name, method)
+    return frozenset(arg.arg for arg in (*found.args, *found.kwonlyargs)) if found else frozenset()
+
+
+def default_spacing(name: str) -> str | None:
+    """How a diffusers scheduler spaces its steps where nothing says so, read from its source."""
+    found = _method(name, "__init__")
+    if found is None:
+        return None
+    names = [arg.arg for arg in found.args][-len(found.defaults) :]
+    value = dict(zip(names, found.defaults, strict=True)).get("timestep_spacing")
+    return str(value.value) if isinstance(value, ast.Constant) else None
+
+
+@cache
+def _method(name: str, method: str) -> ast.arguments | None:
     for file in sorted(_schedulers().glob("scheduling_*.py")):
         if f"\nclass {name}(" in (source := file.read_text()):
             kinds = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
             found = (node for node in next(kinds).body if isinstance(node, ast.FunctionDef) and node.name == method)
-            return frozenset(arg.arg for node in found for arg in (*node.args.args, *node.args.kwonlyargs))
-    return frozenset()
+            return next((node.args for node in found), None)
+    return None
 
 
 def _schedulers() -> Path:

@@ -24,6 +24,7 @@ from deme_diffusion.merging.lora_weights import LoraWeights, all_loras
 from deme_diffusion.merging.remarks import EVERY
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.statistics import Statistics
+from deme_diffusion.merging.stream import torch_threads
 from deme_diffusion.merging.vectors import finite
 
 log = logging.getLogger(__name__)
@@ -70,25 +71,32 @@ def merged_lora(
 
     Raises UserError where the result is not finite.
     """
-    weights, readers, merged = merger.check(weights), loras_of(merger), MergedLora()
-    names = [name for name in _layers(merger) if any(name in reader.lora.layers for reader in readers)]
-    last = time.monotonic()
-    for count, name in enumerate(names):
-        key = f"{name}.weight"
-        own = [reader.factors(key) for reader in readers]
-        if observe is not None:
-            _show(observe, merger, key, own)
-        terms = _terms(merger, key, weights, own)
-        if terms is None:
-            found = _dense(merger, key, weights, own, rank)
-        else:
-            found = _joined(terms, merger.base.shape(key), rank)
-        merged.layers[name], merged.norms[name], merged.lost[name] = found
-        _check_finite(merger, key, found[0])
-        if time.monotonic() - last >= EVERY:
-            log.info("%d of %d layers merged", count + 1, len(names))
-            last = time.monotonic()
+    weights, merged, last = merger.check(weights), MergedLora(), time.monotonic()
+    names = [name for name in _layers(merger) if any(name in reader.lora.layers for reader in loras_of(merger))]
+    small = rank is None and merger.row.name in LINEAR  # products that several threads would only be slower at
+    with torch_threads(1 if small else None):
+        for count, name in enumerate(names):
+            found = _merged_layer(merger, name, weights, rank, observe)
+            merged.layers[name], merged.norms[name], merged.lost[name] = found
+            if time.monotonic() - last >= EVERY:
+                log.info("%d of %d layers merged", count + 1, len(names))
+                last = time.monotonic()
     return _without_zeros(merged)
+
+
+def _merged_layer(
+    merger: Merger, name: str, weights: MergeWeights, rank: int | None, observe: Statistics | None
+) -> tuple[Factors, float, float]:
+    """Factors of one layer, squares of norm and loss."""
+    key = f"{name}.weight"
+    own = [reader.factors(key) for reader in loras_of(merger)]
+    if observe is not None:
+        _show(observe, merger, key, own)
+    terms = _terms(merger, key, weights, own)
+    dense = terms is None
+    found = _dense(merger, key, weights, own, rank) if dense else _joined(terms or [], merger.base.shape(key), rank)
+    _check_finite(merger, key, found[0])
+    return found
 
 
 def loras_of(merger: Merger) -> list[LoraWeights]:
@@ -158,7 +166,7 @@ def _dense(
     information = [reader.tensor(key) for reader in merger.fisher] or None
     change = merger.method_on(key, zeros, deltas, weights.at(key), information).reshape(shape)
     together = sum(factors.rank for factors in own if factors is not None)
-    return decomposed_to(change, min(rank or together, together if rank is None else rank))
+    return decomposed_to(change, together if rank is None else rank)
 
 
 def decomposed_to(change: torch.Tensor, rank: int) -> tuple[Factors, float, float]:

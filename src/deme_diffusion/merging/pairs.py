@@ -5,6 +5,7 @@ Such a pair is a division into two ranges: expert 0, of little noise, is `transf
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def experts_of(pair: Path, base: Path) -> tuple[Path, Path]:
 
     The base, which both were finetuned from, is a pipeline of one transformer.
     """
+    if not pair.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(pair)) and not pair.parent.exists():
+        raise UserError(f"pair {pair}: no such folder; of a hub model, first: hf download {pair} --local-dir FOLDER")
     if not pair.is_dir():
         siblings = pair.parent.iterdir() if pair.parent.is_dir() else ()
         raise UserError(f"pair {pair}: no such folder{nearest(pair.name, [path.name for path in siblings])}")

@@ -79,7 +79,7 @@ def stream(
             empty.put(filled.buffers)
         return part
 
-    with _torch_threads(1 if pointwise else None), _pool(min(LOOKERS, threads)) as lookers, _pool(threads) as pool:
+    with torch_threads(1 if pointwise else None), _pool(min(LOOKERS, threads)) as lookers, _pool(threads) as pool:
         ahead = Ahead(merger, weights, lookers, deque(_looked_at(merger, weights, work)))
         with running(reader, writer):
             for piece in work:
@@ -187,7 +187,7 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def _torch_threads(wanted: int | None) -> Iterator[None]:
+def torch_threads(wanted: int | None) -> Iterator[None]:
     """Where several threads of ours are at work on slices, torch's own would only be in their way."""
     before = torch.get_num_threads()
     if wanted is not None:

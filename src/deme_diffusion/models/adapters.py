@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from deme_diffusion.division import Division
 from deme_diffusion.lora import Lora
 from deme_diffusion.models.ensemble import RoutedEnsemble
-from deme_diffusion.models.lora import attach, choose
+from deme_diffusion.models.lora import attach, choose, choose_none, take_out
 
 
 class SwitchedEnsemble(RoutedEnsemble):
@@ -37,6 +39,20 @@ class SwitchedEnsemble(RoutedEnsemble):
             choose(base, _name(i))
             self._acting = i
         return base
+
+
+@contextmanager
+def in_turn(base: nn.Module, loras: Sequence[Lora]) -> Iterator[list[Callable[[], nn.Module]]]:
+    """While the block runs: the base, and the base with each adapter acting alone, as functions that switch to it.
+
+    All adapters are in `base` itself, and out of it afterwards.
+    """
+    try:
+        for i, lora in enumerate(loras):
+            attach(base, lora, _name(i))
+        yield [partial(choose_none, base), *(partial(choose, base, _name(i)) for i in range(len(loras)))]
+    finally:
+        take_out(base)
 
 
 def _name(i: int) -> str:

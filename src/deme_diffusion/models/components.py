@@ -123,6 +123,14 @@ def loaded_component(folder: Path, kind: str, dtype: torch.dtype | None = None) 
     return module if dtype is None else held_in(module, dtype)
 
 
+def longer(tokenizer: Any, captions: Sequence[str], most: int) -> list[bool]:
+    """Of each caption, whether a tokenizer makes more tokens of it than `most`."""
+    if not captions:
+        return []
+    with quiet("transformers"):
+        return [len(ids) > most for ids in tokenizer(list(captions)).input_ids]
+
+
 @contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
     """No progress bars and no remarks of these libraries (`diffusers`, `transformers`) on stderr, only their errors."""

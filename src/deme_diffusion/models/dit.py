@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,9 @@ from deme_diffusion.files import part_of
 from deme_diffusion.models.denoiser import Condition, Prompt, Takes
 from deme_diffusion.models.discrete import DiscreteDenoiser, check_prediction, discrete_scheduler
 from deme_diffusion.models.latent import LatentDenoiser
+from deme_diffusion.weight_files import read_json
 
+INDEX = "model_index.json"
 NULL = 1000
 """The class that `DiTPipeline` guides away from, whatever the model has been trained on."""
 GUIDANCE = 4.0
@@ -68,6 +71,14 @@ class DiT(DiscreteDenoiser, LatentDenoiser):
         """Classes 0, 1, ... that the model was trained on; this number itself stands for none."""
         config: Any = self.module.config
         return int(config.num_embeds_ada_norm)
+
+    @property
+    def class_names(self) -> dict[str, int]:
+        """By `id2label` of the pipeline's index: whole, and each of several names that stands for one class only."""
+        given = read_json(self.folder / INDEX).get("id2label") or {}
+        called = {(name.strip(), int(i)) for i, names in given.items() for name in (names, *names.split(","))}
+        meant = Counter(name for name, _ in called)
+        return {name: i for name, i in sorted(called) if meant[name] == 1}
 
     def encode_labels(self, labels: torch.Tensor) -> Condition:
         """`class_labels` (b,) int64, the null class for -1. Raises UserError for a class that the model lacks."""

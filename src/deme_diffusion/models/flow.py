@@ -6,7 +6,8 @@ i stands for [sigma_i, sigma_{i+1}), the first from 0 on, the last with 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,11 +15,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from deme_diffusion.config import ModelSettings
 from deme_diffusion.density import index_density
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import part_of
+from deme_diffusion.models.components import longer
 from deme_diffusion.models.denoiser import Condition, Noised, Prompt, Takes
 from deme_diffusion.models.latent import LatentDenoiser
 from deme_diffusion.models.precision import computes_in
@@ -34,13 +37,14 @@ class FlowDenoiser(LatentDenoiser):
     timestep_scale: ClassVar[float] = 1.0
     """A forward gets T sigma times this."""
     scheme: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
-    """The density of t in diffusers' training script of the family."""
+    """The density of t in diffusers' training script of the family, whose weighting of losses may be another."""
     patch: ClassVar[int] = 2
     """Latents along a side of one token."""
     text_tokens: ClassVar[int]
     """Tokens of T5 that the stock pipeline encodes where it is not told otherwise."""
 
     settings = ModelSettings()
+    _scheduler: Any = None
 
     @classmethod
     def scheduler_of(cls, folder: Path) -> Any:
@@ -92,7 +96,26 @@ class FlowDenoiser(LatentDenoiser):
         return torch.from_numpy(getattr(self, name)).to(device, non_blocking=True)
 
     def index(self, timestep: torch.Tensor) -> torch.Tensor:
-        return self.index_of_step(timestep.double() / self.timestep_scale)
+        asked = timestep.double() / self.timestep_scale
+        if self._steps is not None and timestep.dtype in (torch.bfloat16, torch.float16):
+            # Rounded by the pipeline, by up to 4 in 1000 in bfloat16: the sampler's own step, which is close by.
+            steps = self._steps.to(asked)
+            asked = steps[(asked.unsqueeze(-1) - steps).abs().argmin(-1)]
+        return self.index_of_step(asked)
+
+    @contextmanager
+    def _standing_in(self, module: nn.Module, scheduler: Any) -> Iterator[Any]:
+        with super()._standing_in(module, scheduler) as pipeline:
+            self._scheduler = scheduler
+            try:
+                yield pipeline
+            finally:
+                self._scheduler = None
+
+    @property
+    def _steps(self) -> torch.Tensor | None:
+        """The timesteps of the sampler that samples; None outside of sampling."""
+        return None if self._scheduler is None else self._scheduler.timesteps
 
     def index_of_step(self, timestep: torch.Tensor) -> torch.Tensor:
         edges = self._table("edges", timestep.device)
@@ -179,7 +202,7 @@ class FlowDenoiser(LatentDenoiser):
 
     def cut_by(self, tokenizer: Any, captions: Sequence[str]) -> list[bool]:
         """Of each caption, whether T5's tokenizer cuts it."""
-        return [len(tokenizer(caption).input_ids) > self.max_sequence_length for caption in captions]
+        return longer(tokenizer, captions, self.max_sequence_length)
 
     def asked(self, prompts: Sequence[Prompt], guidance_scale: float | None) -> dict[str, Any]:
         height, width = self.pixels

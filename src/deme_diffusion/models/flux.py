@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from deme_diffusion.config import ModelSettings
+from deme_diffusion.errors import UserError
 from deme_diffusion.models.components import quiet
 from deme_diffusion.models.denoiser import Condition
 from deme_diffusion.models.flow import FlowDenoiser
-
-TRAINING_GUIDANCE = 1.0
-"""What a guidance-distilled model is told while it is trained, as diffusers' training scripts do."""
 
 
 class Flux(FlowDenoiser):
@@ -32,6 +31,12 @@ class Flux(FlowDenoiser):
     def channels_in(cls, folder: Path) -> int | None:
         latents = super().channels_in(folder)
         return None if latents is None else 4 * latents
+
+    def configure(self, settings: ModelSettings) -> None:
+        config: Any = self.module.config
+        if "training_guidance" in settings.changed() and not config.guidance_embeds:
+            raise UserError(f"model.training_guidance: {self.folder} is told no guidance; leave it out")
+        super().configure(settings)
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Condition:
@@ -56,7 +61,7 @@ class Flux(FlowDenoiser):
     def predict(self, module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         config: Any = self.module.config
         height, width = x_t.shape[-2:]
-        guidance = torch.full((len(x_t),), TRAINING_GUIDANCE, device=x_t.device) if config.guidance_embeds else None
+        guidance = self._told(x_t) if config.guidance_embeds else None
         tokens = module(
             hidden_states=packed(x_t),
             timestep=self.asked_at(t),
@@ -67,6 +72,10 @@ class Flux(FlowDenoiser):
             **condition,
         )[0]
         return unpacked(tokens, height, width)
+
+    def _told(self, x_t: torch.Tensor) -> torch.Tensor:
+        """`model.training_guidance` (b,): what a guidance-distilled model is told beside the caption."""
+        return torch.full((len(x_t),), self.settings.training_guidance, device=x_t.device)
 
     @property
     def latent_channels(self) -> int:

@@ -168,6 +168,16 @@ class LatentDenoiser(Denoiser):
         """Classes (b,), -1 for none -> what `predict` takes; of a family that takes classes."""
         raise NotImplementedError
 
+    @property
+    def num_classes(self) -> int:
+        """Classes 0, 1, ... that the model was trained on; of a family that takes classes."""
+        return 0
+
+    @property
+    def class_names(self) -> dict[str, int]:
+        """Those that the pipeline names."""
+        return {}
+
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption, whether the tokenizer cuts it; what is said before captions are encoded."""
         return [False] * len(captions)
@@ -182,6 +192,12 @@ class LatentDenoiser(Denoiser):
         batch = self.encoded(batch)
         # In float32 whatever the model computes in: in bfloat16 abar_t of the first timesteps is 1, and noise is 0.
         clean = wide(batch["latent"])
+        if clean.shape[1:] != self.sample_shape:
+            had, taken = ("x".join(map(str, shape)) for shape in (clean.shape[1:], self.sample_shape))
+            raise UserError(
+                f"latents of {had}, but {self.folder} takes {taken} as the recipe has it; make the cache anew, or "
+                "check data.resolution and model.resolution"
+            )
         return self.diffused(clean, batch["condition"], t, noise.to(clean.dtype))
 
     # -- shapes ------------------------------------------------------------------------------------
@@ -192,7 +208,7 @@ class LatentDenoiser(Denoiser):
         factor = self.downscaling
         return (int(self.vae_config.get("in_channels", 3)), height * factor, width * factor)
 
-    @property
+    @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's config, without loading it."""
         return read_json(part_of(self.folder, self.autoencoder) / "config.json")

@@ -234,10 +234,19 @@ def switched_off(module: nn.Module) -> Iterator[None]:
             part._disable_adapters = False
 
 
-def choose(module: nn.Module, name: str) -> None:
-    """Let only the adapter of that name act."""
+def choose(module: nn.Module, name: str) -> nn.Module:
+    """The module, in which only the adapter of that name acts."""
     for _, part in _adapters(module):
+        part._disable_adapters = False
         part.set_adapter(name, inference_mode=True)
+    return module
+
+
+def choose_none(module: nn.Module) -> nn.Module:
+    """The module, in which no adapter acts."""
+    for _, part in _adapters(module):
+        part._disable_adapters = True
+    return module
 
 
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:

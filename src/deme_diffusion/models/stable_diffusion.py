@@ -11,7 +11,7 @@ from torch import nn
 
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import part_of
-from deme_diffusion.models.components import quiet
+from deme_diffusion.models.components import longer, quiet
 from deme_diffusion.models.denoiser import Condition, Takes
 from deme_diffusion.models.discrete import DiscreteDenoiser, check_prediction, discrete_scheduler
 from deme_diffusion.models.latent import LatentDenoiser
@@ -95,7 +95,4 @@ def latent_channels(folder: Path) -> int:
 
 def cut_by(tokenizer: Any, captions: Sequence[str]) -> list[bool]:
     """Of each caption, whether it has more tokens than a CLIP tokenizer keeps."""
-    if not captions:
-        return []
-    with quiet("transformers"):
-        return [len(ids) > tokenizer.model_max_length for ids in tokenizer(list(captions)).input_ids]
+    return longer(tokenizer, captions, tokenizer.model_max_length)

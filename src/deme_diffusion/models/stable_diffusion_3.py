@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from deme_diffusion.files import part_of
-from deme_diffusion.models.components import quiet
+from deme_diffusion.models.components import longer, quiet
 from deme_diffusion.models.denoiser import Condition
 from deme_diffusion.models.flow import FlowDenoiser
 from deme_diffusion.weight_files import read_json
 
 
 class StableDiffusion3(FlowDenoiser):
-    """Esser et al. 2024; the part of T5 may be missing from a checkpoint, as in the stock pipeline."""
+    """Esser et al. 2024; the part of T5 may be missing from a checkpoint, as in the stock pipeline.
+
+    Of diffusers' training script it has the density of t, not the loss: by default (precondition_outputs=1) that one is
+    of x_0, which is sigma^2 times this one, of the velocity.
+    """
 
     family: ClassVar[str] = "stable_diffusion_3"
     kind: ClassVar[str] = "SD3Transformer2DModel"
@@ -38,10 +42,11 @@ class StableDiffusion3(FlowDenoiser):
         return self.in_precision(encoder_hidden_states=states, pooled_projections=pooled)
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
-        pipeline = self.pipeline
+        pipeline, most = self.pipeline, self.pipeline.tokenizer_max_length
+        cuts = [longer(tokenizer, captions, most) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
         if pipeline.text_encoder_3 is not None:
-            return self.cut_by(pipeline.tokenizer_3, captions)
-        return [len(pipeline.tokenizer(caption).input_ids) > pipeline.tokenizer_max_length for caption in captions]
+            cuts.append(self.cut_by(pipeline.tokenizer_3, captions))
+        return [any(cut) for cut in zip(*cuts, strict=True)]
 
     def placeholder(self, count: int) -> Condition:
         config: Any = self.module.config

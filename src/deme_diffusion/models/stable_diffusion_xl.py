@@ -75,7 +75,10 @@ class StableDiffusionXL(StableDiffusion):
         return (latents - mean) * scale / std
 
     def time_ids(self, count: int) -> torch.Tensor:
-        """Original size, crop's corner and target size (count, 6): whole images at the training resolution."""
+        """Original size, crop's corner and target size (count, 6): whole images at the training resolution.
+
+        An image's own size, before `data.resolution`, is not told: the original is called as large as the target.
+        """
         _, height, width = self.image_shape
         return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)
 

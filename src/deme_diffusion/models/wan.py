@@ -57,7 +57,12 @@ class Wan(FlowDenoiser):
         return self.cut_by(self.pipeline.tokenizer, captions)
 
     def as_encoder_takes(self, images: torch.Tensor) -> torch.Tensor:
-        return images.unsqueeze(2)
+        """A video of `model.num_frames` frames that stands still.
+
+        Its latents are not those of one frame repeated: the encoder is causal, and its first latent is of one frame
+        alone.
+        """
+        return images.unsqueeze(2).repeat(1, 1, self.settings.num_frames, 1, 1)
 
     def normalised(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config

@@ -40,6 +40,11 @@ class Asking:
         return self.protocol is None or self.reference is not None
 
     @property
+    def measures_real_fd(self) -> bool:
+        """Whether training images score like samples: a protocol's reference is of other images, in another size."""
+        return self.protocol is None
+
+    @property
     def covered(self) -> dict[str, Any]:
         """The settings in the keys of the stages that ask."""
         if self.takes == "nothing":

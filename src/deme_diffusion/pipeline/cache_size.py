@@ -44,6 +44,8 @@ def cache_size(graph: Graph, store: Store, cost: Cost | None) -> dict[str, Any] 
         "latents_bytes": latents * prod(cost.shape) * each if known else None,
         "captions": captions if known else None,
         "text_bytes": captions * (condition * each + DIGEST) if known else None,
+        "views": views["train"],
+        "frozen": caching.frozen(recipe),
         "exact": counted is not None or (once and recipe.data.source == "digits"),
     }
 
@@ -57,13 +59,15 @@ def _counted(graph: Graph, store: Store) -> dict[str, Any] | None:
 
 def size_said(size: dict[str, Any]) -> str:
     """The same in a line."""
+    kept = f"; {size['views']} augmented views of each training image" if size["views"] > 1 else ""
+    kept = f"; {size['frozen']}" if size["frozen"] else kept
     if size["latents"] is None:
-        return "cache: its size is known once the images are counted"
+        return f"cache: its size is known once the images are counted{kept}"
     about = "" if size["exact"] else "about "
     text = f"; {_mb(size['text_bytes'])} for {size['captions']:,} distinct captions" if size["captions"] else ""
     if text and not size["exact"]:
         text += " (if each image has one of its own)"
-    return f"cache: {about}{_mb(size['latents_bytes'])} for {size['latents']:,} latents{text}"
+    return f"cache: {about}{_mb(size['latents_bytes'])} for {size['latents']:,} latents{text}{kept}"
 
 
 def _mb(number: int) -> str:

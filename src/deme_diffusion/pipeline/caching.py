@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ from deme_diffusion.data.sources import SplitName
 from deme_diffusion.digests import recall, remember, size_and_time
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import canonical_digest, file_digest, visible_files
-from deme_diffusion.pipeline.inputs import COMPONENTS, Input
-from deme_diffusion.weight_files import read_json
+from deme_diffusion.pipeline.inputs import Input
+from deme_diffusion.weight_files import read_json, weight_files
 
 RECORD = "cache.json"
 """What a cache is told by (`data.encoded`, which needs torch)."""
-READ = {".json", ".safetensors", ".txt", ".model"}
-"""Endings of the files that shape what encoders give: configs, weights, vocabularies."""
+READ = {".json", ".txt", ".model"}
+"""Endings of the files of a tokenizer: configs, vocabularies."""
+ENCODE = re.compile(r"vae|(text_encoder|tokenizer)(_\d+)?")
+"""The names of the parts that encode."""
+EMPTY = "force_zeros_for_empty_prompt"
+"""The entry of a pipeline's index by which '' is encoded otherwise than other captions."""
+VIEWS = 4
+"""Stored views of a training image that is augmented, where `cache.views` is null."""
 
-
-TRAINED = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+TRAINED = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "training_guidance")
 """Settings of `model` that are no matter of encoders, whose text comes in the base's precision."""
 
 
@@ -32,9 +38,19 @@ def kept(recipe: Recipe) -> bool:
 
 def stored_views(recipe: Recipe) -> dict[SplitName, int]:
     """Views of each image that are stored: of training images as many as `cache.views`, where they would differ."""
-    data = recipe.data
-    augmented = data.augment != AugmentSettings() or data.crop == "random"
-    return {"train": recipe.cache.views if augmented else 1, "search": data.views, "report": data.views}
+    views, data = recipe.cache.views or VIEWS, recipe.data
+    return {"train": views if _augmented(recipe) else 1, "search": data.views, "report": data.views}
+
+
+def _augmented(recipe: Recipe) -> bool:
+    return recipe.data.augment != AugmentSettings() or recipe.data.crop == "random"
+
+
+def frozen(recipe: Recipe) -> str | None:
+    """What to say of augmentation that a cache of one view turns into one change for good; None where it does not."""
+    if not _augmented(recipe) or stored_views(recipe)["train"] > 1:
+        return None
+    return "each image keeps one augmentation; set cache.views=N or cache.enabled=false"
 
 
 def covered(recipe: Recipe) -> dict[str, Any]:
@@ -55,17 +71,28 @@ def encoders(base: Input, settings: ModelSettings) -> Input:
 
 
 def _content(base: Path) -> str:
-    """Digest of the files beside the trained component, remembered by their sizes and times."""
-    files = [
-        file for file in visible_files(base)
-        if file.suffix in READ and not file.relative_to(base).parts[0].startswith(COMPONENTS)
-    ]  # fmt: skip
-    key = ["encoders", *((str(file.absolute()), *size_and_time(file)) for file in files)]
+    """Digest of the parts that encode, as they are loaded, remembered by their files' sizes and times.
+
+    Schedulers, checkers, copies of weights in other precisions and checkpoints beside the parts are no matter of it.
+    """
+    parts = sorted(part for part in base.iterdir() if part.is_dir() and ENCODE.fullmatch(part.name))
+    files = [file for part in parts for file in _loaded(part)]
+    index = base / "model_index.json"
+    told = read_json(index) if index.is_file() else {}
+    wanted = {name: told[name] for name in sorted(told) if ENCODE.fullmatch(name) or (name == EMPTY and told[name])}
+    key = ["encoding parts", wanted, *((str(file.absolute()), *size_and_time(file)) for file in files)]
     if digest := recall(key):
         return digest
-    digest = canonical_digest({file.relative_to(base).as_posix(): file_digest(file) for file in files})[:16]
-    remember(key, digest, path=str(base), files=len(files))
+    digests = {file.relative_to(base).as_posix(): file_digest(file) for file in files}
+    remember(key, digest := canonical_digest({"index": wanted, **digests})[:16], path=str(base), files=len(files))
     return digest
+
+
+def _loaded(part: Path) -> list[Path]:
+    """The files of a part that shape what it gives: of a model its config and weights."""
+    if part.name.startswith("tokenizer") or not (part / "config.json").is_file():
+        return [file for file in visible_files(part) if file.suffix in READ]
+    return [part / "config.json", *weight_files(part)]
 
 
 # -- made elsewhere -------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Cost:
 
     `kept` is what training holds for the backward pass, `checkpointed` the same with gradient checkpointing, `peak`
     what a forward pass without gradients needs at once. `shape` is that of x_t; `linears` are the sums of widths (in
-    plus out) of linear layers by name, which is what LoRA of rank 1 adds to them; `encoders` are of latent families.
+    plus out) of linear layers by name, which is what LoRA of rank 1 adds to them; `encoders` are of latent families;
+    `convolved` are those of the FLOPs that are convolutions'.
     """
 
     parameters: int
@@ -45,6 +46,7 @@ class Cost:
     shape: tuple[int, ...]
     linears: Mapping[str, int] = field(default_factory=dict)
     encoders: Encoders | None = None
+    convolved: float = 0.0
 
     @property
     def image(self) -> tuple[int, ...]:
@@ -75,13 +77,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Part:
-    """What is checkpointed as one: parameters, multiply-adds, elements kept for the backward pass, those that enter."""
+    """What is checkpointed as one: parameters, multiply-adds, elements kept for the backward pass, those that enter.
+
+    `convolved` are those of the multiply-adds that are convolutions'.
+    """
 
     parameters: int
     macs: int
     kept: int
     enters: int
     linears: tuple[Linear, ...] = ()
+    convolved: int = 0
 
 
 def part(linears: Iterable[Linear], *, kept: int, enters: int = 0, macs: int = 0, parameters: int = 0) -> Part:
@@ -105,6 +111,7 @@ def whole(parts: Sequence[Part], shape: tuple[int, ...], standing: int = 0) -> C
         peak=FLOAT * (standing + largest),
         shape=shape,
         linears=dict(widths),
+        convolved=2.0 * sum(each.convolved for each in parts),
     )
 
 
@@ -114,7 +121,7 @@ def whole(parts: Sequence[Part], shape: tuple[int, ...], standing: int = 0) -> C
 def convolution(enters: int, leaves: int, pixels: int, pixels_before: int | None = None, side: int = 3) -> Part:
     """side x side; `pixels` are those that it leaves."""
     weights, kept = side * side * enters * leaves, enters * (pixels_before or pixels)
-    return Part(weights + leaves, weights * pixels, kept, kept)
+    return Part(weights + leaves, weights * pixels, kept, kept, convolved=weights * pixels)
 
 
 def residual(enters: int, leaves: int, embedding: int, pixels: int) -> Part:
@@ -123,7 +130,8 @@ def residual(enters: int, leaves: int, embedding: int, pixels: int) -> Part:
     biases = leaves * (2 + (enters != leaves)) + 2 * enters + 2 * leaves  # of convolutions; of the norms
     shift = embedding * leaves
     kept = 3 * (enters + leaves) * pixels  # before and after each norm, after each SiLU
-    return Part(weights + biases + shift + leaves * bool(embedding), weights * pixels + shift, kept, enters * pixels)
+    parameters, macs = weights + biases + shift + leaves * bool(embedding), weights * pixels
+    return Part(parameters, macs + shift, kept, enters * pixels, convolved=macs)
 
 
 def norm(channels: int, pixels: int) -> Part:

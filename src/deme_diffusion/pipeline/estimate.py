@@ -17,7 +17,7 @@ from deme_diffusion.pipeline.run import Run
 
 FLOPS_PER_CORE = 5e10
 """Assumed rate of one CPU core; a run of digits reaches 58 GFLOP/s a core, its training steps alone 72."""
-Precision = Literal["half precision", "TF32", "float32"]
+Precision = Literal["half precision", "TF32", "float32", "TF32 and float32"]
 RATES: dict[Precision, float] = {"half precision": 4e13, "TF32": 2e13, "float32": 1e13}
 """Assumed rates of one GPU for U-Nets; of transformers, which are large matrix products, three times as much."""
 TRANSFORMERS, FASTER = ("dit", "stable_diffusion_3", "flux", "wan"), 3
@@ -44,6 +44,7 @@ def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
         for node in nodes
     ]
     missing = [node for node, stage in zip(nodes, stages, strict=True) if stage["status"] != "done"]
+    copied = space.copied_said(graph.recipe) if graph.data in missing else None
     downloads, cost = fetching.downloads(graph), needs.model_cost(graph)
     return {
         "recipe": graph.recipe.name,
@@ -52,7 +53,7 @@ def plan(run: Run, only: set[str] | None = None) -> dict[str, Any]:
         "downloads": downloads,
         "stages": stages,
         "provisional": graph.waits(nodes),
-        "remarks": [*graph.remarks, *graph.asking.missing],
+        "remarks": [*graph.remarks, *graph.asking.missing, *([copied] if copied else [])],
         "steps": sum(node.steps for node in missing),
         "cache": cache_size(graph, store, cost) if graph.cache in missing else None,
         **_estimates(graph, missing, cost),
@@ -71,8 +72,8 @@ def _estimates(graph: Graph, missing: Sequence[Node], cost: Cost | None) -> dict
         "model": _model(recipe, cost),
         "flops": _by_kind(work),
         "seconds": round(sum(flops for _, flops in work) / FLOPS_PER_CORE / jobs),
-        "gpu_hours": sum(flops / _rate(recipe, _precision(recipe, node)) for node, flops in work) / 3600,
-        "rates": _rates(recipe, [node for node, flops in work if flops]),
+        "gpu_hours": sum(flops / _rate(recipe, _precision(recipe, node), cost) for node, flops in work) / 3600,
+        "rates": _rates(recipe, [node for node, flops in work if flops], cost),
         "assumption": ASSUMED,
         "disk": disk,
         "disk_bytes": sum(disk.values()),
@@ -117,18 +118,23 @@ def _precision(recipe: Recipe, node: Node) -> Precision:
     if (model.encoder_dtype if node.stage == "cache" else model.dtype) != "float32":
         return "half precision"
     # torch computes convolutions in TF32 where it is not told otherwise, matrix products in float32.
-    return "float32" if model.family in TRANSFORMERS and node.stage != "cache" else "TF32"
+    if node.stage == "cache":
+        return "TF32"  # nearly all of it is the autoencoder's convolutions
+    return "float32" if model.family in TRANSFORMERS else "TF32 and float32"
 
 
-def _rate(recipe: Recipe, precision: Precision) -> float:
-    """FLOP/s of a GPU."""
+def _rate(recipe: Recipe, precision: Precision, cost: Cost) -> float:
+    """FLOP/s of a GPU, of which convolutions and matrix products have each their share of the base's."""
+    if precision == "TF32 and float32":
+        share = cost.convolved / cost.flops
+        return 1 / (share / RATES["TF32"] + (1 - share) / RATES["float32"])
     return RATES[precision] * (FASTER if recipe.model.family in TRANSFORMERS else 1)
 
 
-def _rates(recipe: Recipe, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
+def _rates(recipe: Recipe, nodes: Sequence[Node], cost: Cost) -> dict[str, dict[str, Any]]:
     """The precision and FLOP/s that are taken for training, and for the rest of the work."""
     found = {"training" if KINDS.get(n.stage) == "training" else "sampling": _precision(recipe, n) for n in nodes}
-    return {kind: {"precision": name, "flops": _rate(recipe, name)} for kind, name in sorted(found.items())[::-1]}
+    return {kind: {"precision": name, "flops": _rate(recipe, name, cost)} for kind, name in sorted(found.items())[::-1]}
 
 
 # -- in words -------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def _needs_said(planned: dict[str, Any]) -> list[str]:
 def _times_said(planned: dict[str, Any]) -> list[str]:
     cores = f"{time_said(planned['seconds'])} on this machine's cores (a rough estimate)"
     rates = [
-        f"{said['flops'] / 1e12:g} TFLOP/s in {kind} ({said['precision']})" for kind, said in planned["rates"].items()
+        f"{said['flops'] / 1e12:.3g} TFLOP/s in {kind} ({said['precision']})" for kind, said in planned["rates"].items()
     ]
     at = f"at {' and '.join(rates)}, {planned['assumption']}"
     gpu = f"{time_said(planned['gpu_hours'] * 3600)} on one GPU {at}"

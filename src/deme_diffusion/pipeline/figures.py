@@ -11,8 +11,9 @@ from deme_diffusion.config import FIGURES, FigureName, Recipe, SamplerSettings
 from deme_diffusion.config.analysis import RADII
 from deme_diffusion.division import Runs, from_runs, name_of, whole
 from deme_diffusion.errors import UserError, nearest
-from deme_diffusion.evaluation.samplers import check_sampler
+from deme_diffusion.evaluation.samplers import check_sampler, sampler_options
 from deme_diffusion.pipeline import elsewhere
+from deme_diffusion.pipeline.dividing import schedule_of
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 
@@ -140,7 +141,9 @@ def _vectors(graph: Graph) -> Node:
 
 def _trajectory(graph: Graph) -> Node:
     sampler = figure_sampler(graph)
-    check_sampler(sampler, graph.division.num_timesteps, key="analyze.sampler", family=graph.recipe.model.family)
+    family, schedule = graph.recipe.model.family, schedule_of(graph.recipe, graph.base)[0]
+    check_sampler(sampler, graph.division.num_timesteps, key="analyze.sampler", family=family)
+    sampler_options(sampler, schedule, key="analyze.sampler", family=family)
     covered = {"sampler": sampler.changed(), "route": graph.division.as_dict()["route"], **_named_by(graph)}
     covered |= graph.asking.covered
     if graph.asking.protocol is not None:  # which of its prompts are asked for

@@ -39,6 +39,7 @@ class Graph(Measured):
         super().__init__()
         merges.check(recipe)
         self.recipe = recipe
+        self.asking = asking.asking(recipe, download=download)  # first: files that are missing cost no download
         self.source = images.source_of(recipe.data, download=download)
         self.images = images.identity(recipe.data, self.source)
         self.data = self._data()
@@ -47,7 +48,6 @@ class Graph(Measured):
         self.extractor = self._extractor(download)
         given = self.extractor if isinstance(self.extractor, Input) else None
         self.published = extractors.published(recipe, given)
-        self.asking = asking.asking(recipe, download=download)
         self.clip = self._clip(download)
         self._divide(store)
         self.loss_ranges = self._loss_ranges()

@@ -46,10 +46,12 @@ def identity(settings: DataSettings, source: Input) -> str:
 
 
 def indexed(settings: DataSettings, takes: Takes) -> dict[str, Any]:
-    """The settings in the key of the index, which holds captions for models that take text only."""
+    """The settings in the key of the index, which holds captions, or the data set's own classes, for models that take
+    them only."""
     idle = (*SEEN, *WHERE, *LATER, *(() if settings.source == "hub" else HUB))
     shaping = {key: value for key, value in settings.changed().items() if key not in idle}
-    return {**shaping, "captions": True} if takes == "text" else shaping
+    held: dict[str, Any] = {"text": {"captions": True}, "class": {"classes": True}}.get(takes, {})
+    return {**shaping, **held}
 
 
 def seen(settings: DataSettings) -> dict[str, Any]:

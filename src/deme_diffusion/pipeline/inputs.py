@@ -11,6 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from deme_diffusion.config import DataSettings
+from deme_diffusion.digests import recall, remember, size_and_time
 from deme_diffusion.errors import NotFetched, UserError, nearest
 from deme_diffusion.files import canonical_digest, part_of, tree_digest, visible_files
 from deme_diffusion.weight_files import AVERAGED, NO_BASE, PROJECTIONS, read_json
@@ -20,6 +21,10 @@ PREFIX = "packaged:"
 PATTERNS = ("*.json", "*.safetensors")
 TOKENIZERS = ("*.txt", "*.model")
 """What tokenizers need beside: merges of CLIP's, T5's vocabulary."""
+CONTENT = (*PATTERNS, "*merges.txt", "*vocab.txt", "*.model")
+"""What a local folder is known by: of other texts, as licences, nothing is loaded."""
+LARGE = 64_000_000
+"""Bytes of a folder from which its digest is remembered."""
 VARIANTS, NEVER_RUN = ("fp16", "bf16", "fp8", "non_ema", "ema_only"), ("safety_checker",)
 """Copies of weights in other precisions, and parts of a pipeline that no run loads."""
 COMPONENTS = ("unet", "transformer")
@@ -67,7 +72,7 @@ def _find(name: str, revision: str | None, key: str, download: bool) -> Input:
         return _packaged(name, key)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Input(name, tree_digest(folder, PATTERNS)[:16], folder.resolve())
+        return Input(name, _content(folder), folder.resolve())
     if not looks_like_hub_name(name):
         packaged = [f"{PREFIX}{p.name}" for p in ASSETS.iterdir() if p.is_dir()]
         raise UserError(f"{key}: {name!r} is no folder, no hub name (owner/name){nearest(name, packaged)}")
@@ -79,7 +84,19 @@ def _packaged(name: str, key: str) -> Input:
     if not folder.is_dir():
         packaged = [f"{PREFIX}{p.name}" for p in ASSETS.iterdir() if p.is_dir()]
         raise UserError(f"{key}: nothing is packaged as {name!r}{nearest(name, packaged)}")
-    return Input(name, tree_digest(folder, PATTERNS)[:16], folder)
+    return Input(name, _content(folder), folder)
+
+
+def _content(folder: Path) -> str:
+    """Digest of what is loaded from a folder; of a large one remembered by its files' sizes and times."""
+    files = [(file.relative_to(folder).as_posix(), *size_and_time(file)) for file in visible_files(folder)]
+    if sum(size for _, size, _ in files) < LARGE:
+        return tree_digest(folder, CONTENT)[:16]
+    key = ["model", str(folder.absolute()), *files]
+    if digest := recall(key):
+        return digest
+    remember(key, digest := tree_digest(folder, CONTENT)[:16], path=str(folder))
+    return digest
 
 
 def _from_hub(name: str, revision: str, key: str, download: bool) -> Input:

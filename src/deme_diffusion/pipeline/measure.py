@@ -123,7 +123,8 @@ class Measuring(Scored):
                 published=published,
                 logits=np.load(logits) if logits.exists() else None,
             )
-        told = {"reference_images": len(reference), "manifold_images": distinct, "images": scores}
+        sizes = {"reference_images": len(reference), "features": reference.shape[1], "manifold_images": distinct}
+        told = {**sizes, "images": scores}
         return {**told, "preprocessing": source.results["preprocessing"]}
 
     def _cached(self, features: Node | Input) -> Artefact:
@@ -139,7 +140,7 @@ class Measuring(Scored):
 
     def _cost(self, node: Node, folder: Path) -> None:
         sampler: SamplerSettings = node.arguments["sampler"]
-        batch_size = 16
+        batch_size = self.graph.served_batch
         rows = {}
         for served in node.arguments["models"]:
             load, load_spread = cost.load_time([partial(self.component, part) for part in served.parts])
@@ -155,6 +156,7 @@ class Measuring(Scored):
                 "peak_memory": memory,
                 "disk": cost.disk(self._stored(served)),
             }
+            del module  # before the next one is made
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         protocol = {"batch": batch_size, "threads": torch.get_num_threads(), "device": device}
         write_json(folder / COSTS, {"models": rows, "protocol": protocol, "repeats": cost.REPEATS, "loads": cost.LOADS})

@@ -18,6 +18,10 @@ SERVING = ("device", "compile", "channels_last", "threads", "resident_experts")
 """Settings of `runtime` that change what serving costs."""
 
 
+SERVED_BATCH = 16
+"""Images that are sampled at once where serving is measured, or `runtime.sample_batch_size` where that is fewer."""
+
+
 class Measured(Models):
     """How the rows of a table are measured."""
 
@@ -49,7 +53,8 @@ class Measured(Models):
         sets = self._sample_sets(served, seed) if served.parts else {"real": None}
         if not served.parts and not self._scores_real_images():
             return
-        features = {name: self._features_of(name, node) for name, node in sets.items() if self.asking.measures_fd}
+        has_fd = self.asking.measures_fd if served.parts else self.asking.measures_real_fd
+        features = {name: self._features_of(name, node) for name, node in sets.items() if has_fd}
         clips = {
             f"clip {name}": self._clip_score(name, node) for name, node in sets.items() if self._is_captioned(node)
         }
@@ -68,7 +73,7 @@ class Measured(Models):
         )
 
     def _scores_real_images(self) -> bool:
-        return self.asking.measures_fd or self._is_captioned(None)
+        return self.asking.measures_real_fd or self._is_captioned(None)
 
     def _sample_sets(self, served: Served, seed: int) -> dict[str, Node | None]:
         """The stages that sample a model, by sampler and number of the set."""
@@ -187,9 +192,16 @@ class Measured(Models):
         covered: dict[str, Any] = {"sampler": sampler.changed(), "models": [served.name for served in models]}
         runtime = self.recipe.runtime.changed()  # it changes what is measured here, as it does nowhere else
         covered |= {name: runtime[name] for name in SERVING if name in runtime}
+        batch = self.served_batch
+        covered |= {} if batch == SERVED_BATCH else {"batch": batch}
         arguments = {"models": models, "sampler": sampler}
         # Timings mean nothing beside another training.
         return self._add("cost", "cost of serving", covered, parents, None, arguments=arguments, exclusive=True)
+
+    @property
+    def served_batch(self) -> int:
+        """How many images are sampled at once where serving is measured."""
+        return min(SERVED_BATCH, self.recipe.runtime.sample_batch_size)
 
     def measured(self, names: Sequence[str]) -> list[Node]:
         """The stages that measure some rows of the table, in every seed, and what serving them costs."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deme_diffusion.config import DataSettings, Recipe, TrainSettings
+from deme_diffusion.data.encoding import say_cut
 from deme_diffusion.data.sources import Pixels
 from deme_diffusion.data.splits import Split, to_pixels
 from deme_diffusion.decoupling.switches import check_compiler
@@ -46,6 +47,8 @@ def check(bench: Workbench, nodes: Sequence[Node]) -> None:
         check_patterns(bench)
     if recipe.model.latent:
         check_asked(bench)
+        if recipe.model.takes == "text" and bench.graph.cache is None and any(n.stage == "decouple" for n in nodes):
+            say_cut(bench.denoiser, bench.splits)  # type: ignore[arg-type]
     if recipe.decouple.lora_rank is not None and any(node.stage == "decouple" for node in nodes):
         check_targets(bench)
     train = bench.splits["train"]

@@ -220,25 +220,28 @@ def _sample_into(one: Sampling, seeds: Sequence[int]) -> None:
 
     from deme_diffusion.evaluation.sample import make_scheduler, sample_batch, sample_seeds_to
 
-    images, sampler = one.images, one.sampler
+    images, sampler, asked = one.images, one.sampler, one.asked(seeds)
+    images.check(seeds, asked)
     todo = list(seeds) if images.format == "npy" else images.missing(seeds)
     log.info("%d of %d images are to be sampled", len(todo), len(seeds))
     if not todo:
-        images.begin(seeds, one.asked(seeds))
+        images.begin(seeds, asked)
         return
     torch.set_num_threads(threads_of(one.runtime, alone=True))
     denoiser, module = one.opened()
     make_scheduler(denoiser, sampler)
-    asked = one.asked(seeds)
-    images.begin(seeds, asked)  # only now: a model or sampler that is refused leaves nothing behind
     size = one.runtime.sample_batch_size
     known = dict(zip(seeds, asked or (), strict=False))
     prompts = None if asked is None else [known[seed] for seed in todo]
     if images.format == "npy":
         options: dict[str, Any] = {"batch_size": size, "prompts": prompts, "cursor_name": CURSOR}
+        options["begin"] = lambda: images.begin(seeds, asked)
         sample_seeds_to(images.path, denoiser, module, sampler, seeds, **options)
         return
     for first in range(0, len(todo), size):
         batch = todo[first : first + size]
         wanted = None if prompts is None else prompts[first : first + size]
-        images.write(batch, sample_batch(denoiser, module, sampler, batch, prompts=wanted))
+        made = sample_batch(denoiser, module, sampler, batch, prompts=wanted)
+        if not first:  # only now: what is refused leaves nothing behind
+            images.begin(seeds, asked)
+        images.write(batch, made)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from deme_diffusion.config import TAKES, SamplerSettings
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.export import Prompt
-from deme_diffusion.evaluation.prompts import listed
+from deme_diffusion.evaluation.prompts import LISTS, listed
 from deme_diffusion.evaluation.samplers import check_sampler
 from deme_diffusion.weight_files import read_json
 
@@ -27,7 +27,6 @@ PIPELINES = {
     "WanPipeline": "wan",
 }
 """Class of a pipeline -> its family."""
-LISTS = (".txt", ".jsonl", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class SamplerChoice:
 
 
 def given_prompts(text: str, family: str) -> list[Prompt]:
-    """What --prompts asks for: a file's prompts (.txt, .jsonl, .tsv), or one text; class numbers of a class model.
+    """What --prompts asks for: a file's prompts (`LISTS`), or one text; class numbers of a class model.
 
     Raises UserError where the family takes none, or they are not of its kind.
     """

@@ -6,9 +6,10 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation import fisher
-from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective
+from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObjective, KernelObjective, Turn
 from deme_diffusion.files import write_json
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.differential import Differential
@@ -34,6 +35,7 @@ from deme_diffusion.merging.search import (
     score,
 )
 from deme_diffusion.merging.selection import MergeWeights
+from deme_diffusion.models.adapters import in_turn
 from deme_diffusion.models.precision import in_float32
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.measure import Measuring
@@ -44,7 +46,7 @@ from deme_diffusion.rng import seed_of
 
 log = logging.getLogger(__name__)
 SEARCH, TRIALS = "search.json", "search.jsonl"
-NAMES = {"fd": "FD", "loss": "fixed-noise loss", "relative_loss": "fixed-noise loss over the base's"}
+NAMES = {"fd": "FD", "kid": "KID", "loss": "fixed-noise loss", "relative_loss": "fixed-noise loss over the base's"}
 """What an objective is called in the search's file."""
 
 
@@ -83,7 +85,7 @@ class Asked:
 
     @cached_property
     def exact_shell(self) -> nn.Module:
-        """The same in float32, for losses: differences between candidates are smaller than half precision's rounding."""
+        """The same in float32, for losses: candidates differ by less than half precision's rounding."""
         return in_float32(self.shell)
 
     @cached_property
@@ -93,9 +95,9 @@ class Asked:
 
     @cached_property
     def metric(self) -> Journal:
-        """FD, which judges whatever was searched by."""
+        """FD, or KID, which judges whatever was searched by."""
         stages, settings = self.stages, self.settings
-        objective = FrechetObjective(
+        objective = (KernelObjective if settings.judge == "kid" else FrechetObjective)(
             stages.denoiser,
             self.materialise,
             stages.splits["search"],
@@ -106,7 +108,7 @@ class Asked:
             stages.recipe.runtime.sample_batch_size,
             stages.searched_by(settings.num_images),
         )
-        return Journal(self.path, NAMES["fd"], objective, self.budget)
+        return Journal(self.path, NAMES[settings.judge], objective, self.budget)
 
     @cached_property
     def loss(self) -> Journal:
@@ -119,10 +121,11 @@ class Asked:
             experts,
             lambda weights: self.merger.into(self.exact_shell, self.compose(weights)),
             relative,
-            self.differential,
+            self.differential if self.settings.search == "gradient" else None,
             self.settings.gradient_batch_size,
             self.stages.recipe.decouple.train_batch_size,  # the memory that a backward pass had while training
             self.stages.denoiser.module,
+            self._in_turn,
         )
         return Journal(self.path, NAMES["relative_loss" if relative else "loss"], objective, self.budget)
 
@@ -131,8 +134,23 @@ class Asked:
         if not self.how.fixed:
             parts = experts_of(self.node)
             return self.stages.denoiser.module, [lambda part=part: self.stages.component(part) for part in parts]  # type: ignore[misc]
-        ends = [[float(i == j) for j in range(self.experts)] for i in range(self.experts)]
+        ends = self._one_hots
         return self._copied([0.0] * self.experts), [lambda end=end: self._copied(end) for end in ends]  # type: ignore[misc]
+
+    @property
+    def _in_turn(self) -> Callable[[], AbstractContextManager[Sequence[Turn]]] | None:
+        """How LoRA experts answer in one base: as adapters in it, or merged where some parameters say otherwise."""
+        loras = [lora for part in experts_of(self.node) if (lora := self.stages.lora(part)) is not None]
+        if not loras:
+            return None
+        if not self.how.fixed:
+            return partial(in_turn, self.stages.denoiser.module, loras)
+        ends = [[0.0] * self.experts, *self._one_hots]
+        return lambda: nullcontext([partial(self.materialise, end) for end in ends])
+
+    @property
+    def _one_hots(self) -> list[list[float]]:
+        return [[float(i == j) for j in range(self.experts)] for i in range(self.experts)]
 
     def _copied(self, weights: Given) -> nn.Module:
         return copy.deepcopy(self.materialise(weights))
@@ -197,9 +215,8 @@ class Searching(Measuring):
         log.info("%s: best of %d trials: %s %s -> %.4f", *said)
         if before < chosen.value:
             log.warning("%s: the base itself has %.4f; what the recipe fixes makes it worse", node.label, before)
-        objective = (
-            f"FD({self.graph.extractor_name}) {settings.sampler.label}, {settings.num_images} images, search split"
-        )
+        judge = f"{NAMES[settings.judge]}({self.graph.extractor_name}) {settings.sampler.label}"
+        objective = f"{judge}, {settings.num_images} images, search split"
         result = {**chosen.as_dict(), "objective": objective, "value_before": before}
         found = {**result, "method": settings.search, "trials": [trial.as_dict() for trial in trials]}
         if settings.objective != "fd":

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from math import prod
 
 from deme_diffusion.config import FIGURES, Recipe
+from deme_diffusion.data.contents import listed
+from deme_diffusion.digests import size_and_time
 from deme_diffusion.evaluation.protocols import protocol_of
 from deme_diffusion.pipeline import caching
 from deme_diffusion.pipeline.cost_parts import FLOAT, Cost
@@ -22,7 +24,7 @@ from deme_diffusion.pipeline.needs import (
     is_lora,
     trained_by,
 )
-from deme_diffusion.pipeline.node import Node
+from deme_diffusion.pipeline.node import Node, Served
 
 BYTES = {"float32": FLOAT, "float16": 2, "bfloat16": 2}
 COMPARED = 16
@@ -31,8 +33,12 @@ MODELS_SHOWN, TILE = 3, 3 * 128 * 128
 """Of the grids: base, ensemble and merged; the bytes of an image at most (`analysis.trajectory.SIDE`)."""
 HELD = 5
 """Copies of the weights that a figure of losses holds at most: base, the point, directions and how they are made."""
+HELD_ANSWERS = 2**30
+"""Bytes of answers that wait in a search where one module takes all places (`evaluation.objectives`)."""
 SMALL = 100_000
 """Bytes of a stage that leaves numbers only."""
+COPIED = ("parquet", "webdataset")
+"""Sources on this machine that `datasets` copies into its own cache."""
 KINDS = ("data", "cache", "weights", "checkpoints", "images", "features", "other")
 
 
@@ -99,9 +105,20 @@ def _stored_pixels(recipe: Recipe, cost: Cost) -> int:
 
 
 def _copied(recipe: Recipe) -> int:
-    """The copy of the hub's files that the data library makes to read them by row; a stream has none."""
+    """The copy of tables and shards that the data library makes to read them by row; a stream has none."""
+    if recipe.data.source in COPIED:
+        return sum(size_and_time(file)[0] for file in listed(recipe.data))
     hub = recipe.data.source == "hub" and not recipe.data.streaming
     return int(known()["data"].get(recipe.data.path, {}).get("bytes") or 0) if hub else 0
+
+
+def copied_said(recipe: Recipe) -> str | None:
+    """What to say of a local data set that is copied; None of one that is read in its place."""
+    if recipe.data.source not in COPIED:
+        return None
+    size = _copied(recipe)
+    said = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    return f"data: about {said} of {recipe.data.source} files are copied once into the cache of datasets (HF_HOME)"
 
 
 def _checkpoints(recipe: Recipe, node: Node, weights: int) -> int:
@@ -127,15 +144,20 @@ def feature_width(recipe: Recipe) -> int:
 
 def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
     """Bytes on the device, the largest stage of each kind: weights, gradients, Adam, average, teacher, activations."""
-    recipe, most = graph.recipe, {"training": 0, "encoding": 0, "sampling": 0, "figures": 0}
+    recipe, most = graph.recipe, {"training": 0, "encoding": 0, "search": 0, "sampling": 0, "figures": 0}
     for node in nodes:
         kind, needed = _kind_of_memory(node), 0
         if kind == "training":
             needed = _compared(recipe, cost) if node.stage == "similarity" else _training(recipe, node, cost)
         elif kind == "encoding":
             needed = _encoding(recipe, cost)
+        elif kind == "search":
+            needed = _searching(recipe, node, cost)
+        elif node.stage == "cost":
+            needed = max(_sampling(recipe, served, cost, graph.served_batch) for served in node.arguments["models"])
         elif kind == "sampling":
-            needed = _sampling(recipe, node, cost)
+            served = node.arguments.get("served")
+            needed = _sampling(recipe, served, cost, recipe.runtime.sample_batch_size)
         elif kind == "figures":
             one = cost.peak * BYTES[recipe.model.dtype] // FLOAT
             needed = HELD * _base_bytes(recipe, cost) + one * recipe.runtime.sample_batch_size
@@ -146,7 +168,7 @@ def memory(graph: Graph, nodes: Iterable[Node], cost: Cost) -> dict[str, int]:
 
 def _kind_of_memory(node: Node) -> str | None:
     kinds = {"decouple": "training", "pretrain": "training", "similarity": "training", "cache": "encoding"}
-    kinds |= {"sample": "sampling", "search": "sampling", "trajectory": "sampling"}
+    kinds |= {"sample": "sampling", "cost": "sampling", "trajectory": "sampling", "search": "search"}
     return kinds.get(node.stage) or ("figures" if node.stage in FIGURES and node.stage != "vectors" else None)
 
 
@@ -189,15 +211,38 @@ def _encoding(recipe: Recipe, cost: Cost) -> int:
     return _base_bytes(recipe, cost) + _encoders(recipe, cost) + images * recipe.cache.batch_size
 
 
-def _sampling(recipe: Recipe, node: Node, cost: Cost) -> int:
-    """The served model, the parts around it, and a batch of images: denoised, or decoded at once."""
-    served, shown = node.arguments.get("served"), node.stage == "trajectory"  # which shows the ensemble too
-    parts = recipe.decouple.num_ranges if shown else len(served.parts) if served and served.ensemble else 1
-    experts = min(parts, recipe.runtime.resident_experts)
-    weights = _base_bytes(recipe, cost) * experts
+def _sampling(recipe: Recipe, served: Served | None, cost: Cost, batch: int) -> int:
+    """The base, the served model (None: all, one after another), what is around, and a batch: denoised, or decoded."""
+    parts = recipe.decouple.num_ranges if served is None else len(served.parts) if served.ensemble else 1
+    weights = _base_bytes(recipe, cost) * min(parts, recipe.runtime.resident_experts)
     if recipe.decouple.lora_rank is not None:  # one base, whose adapters are switched
-        weights = _base_bytes(recipe, cost) + FLOAT * adapter_parameters(recipe, cost) * recipe.decouple.num_ranges
-    return weights + _encoders(recipe, cost) + _run(recipe, cost) * recipe.runtime.sample_batch_size
+        weights = _base_bytes(recipe, cost) + _adapters(recipe, cost)
+    return _base_bytes(recipe, cost) + weights + _encoders(recipe, cost) + _run(recipe, cost) * batch
+
+
+def _searching(recipe: Recipe, node: Node, cost: Cost) -> int:
+    """The most of what follows one another: base and experts on points, a gradient, a candidate's images."""
+    merge, batch, base = recipe.merge, recipe.runtime.sample_batch_size, _base_bytes(recipe, cost)
+    experts, lora = int(node.arguments["experts"]), recipe.decouple.lora_rank is not None
+    point = cost.peak * BYTES[recipe.model.dtype] // FLOAT
+    around = _encoders(recipe, cost) + batch * point
+    exact = 0 if recipe.model.dtype == "float32" else FLOAT * cost.parameters  # the shell once more, for losses
+    shells = base + exact if merge.objective != "fd" or merge.gauss_newton_rounds or merge.search == "gradient" else 0
+    equations = (base + _adapters(recipe, cost) + HELD_ANSWERS if lora else (experts + 1) * base) + around
+    if merge.gauss_newton_rounds:
+        equations = max(equations, base + shells + HELD_ANSWERS + _encoders(recipe, cost) + batch * cost.peak)
+    steps = 0
+    if merge.search == "gradient":  # the gradient of each weight, and the sum of those of a step
+        held = min(batch, recipe.decouple.train_batch_size)
+        steps = base + shells + 2 * FLOAT * cost.parameters + _encoders(recipe, cost) + cost.kept * held
+    judged = 2 * base + (exact if shells else 0) + _encoders(recipe, cost) + _run(recipe, cost) * batch
+    asks = merge.search in ("least_squares", "gradient") or merge.start == "least_squares"
+    return max(equations + shells if asks else 0, steps, judged)
+
+
+def _adapters(recipe: Recipe, cost: Cost) -> int:
+    """Bytes of the adapters of all experts, held in float32."""
+    return FLOAT * adapter_parameters(recipe, cost) * recipe.decouple.num_ranges
 
 
 def _run(recipe: Recipe, cost: Cost) -> int:

@@ -51,10 +51,25 @@ def _rows(
         elif name != REAL_IMAGES:
             metrics |= _losses(graph, by_seed)
         metrics |= _image_scores(graph, by_seed, extractor)
+        if name == REAL_IMAGES and not graph.asking.measures_real_fd:
+            metrics |= _not_compared(graph, result)
         if name in costs["models"]:
             metrics |= _costs(graph, costs, name)
         result.append({"model": name, "metrics": metrics})
     return result
+
+
+def _not_compared(graph: Graph, models: Sequence[Row]) -> dict[str, Figure]:
+    """Empty cells of real training images, where models are compared with images of another kind and size."""
+    reference, figures = graph.asking.reference, models[0]["metrics"] if models else {}
+    if reference is None:
+        return {}
+    reason = f"training images are of another kind and size than the reference {reference.label}"
+    return {
+        name: {"mean": None, "spread": None, "n": 0, "seeds": one["seeds"], "protocol": {}, "reason": reason}
+        for name, one in figures.items()
+        if name.startswith(SCORES)
+    }
 
 
 def _read(store: Store, node: Node, name: str) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def _image_scores(graph: Graph, by_seed: dict[int, dict[str, Any]], extractor: s
         for score in (score for score in SCORES if score in measured):
             values, count = _values(by_seed, sampler.label, score)
             name = _score_name(graph, score, extractor)
-            told = {**compared, **protocol, **_compared_with(graph, first, score)}
+            told = {**compared, **protocol, **_compared_with(graph, first, score), **_few(first, score, count)}
             figure = _figure(values, count, list(by_seed), told)
             if count != settings.num_images:  # all of these metrics depend on n, and there are only so many real images
                 reason = f"{count:,} images and views, fewer than the {settings.num_images:,} of the models"
@@ -167,6 +182,13 @@ def _compared_with(graph: Graph, first: dict[str, Any], score: str) -> dict[str,
     return {**against, "neighbours": neighbours, "manifold": manifold, "n": n}
 
 
+def _few(first: dict[str, Any], score: str, count: int) -> dict[str, int]:
+    """The extractor's features, where FD is of images on either side that are no more than they: it is mostly bias."""
+    features = int(first.get("features", 0))
+    fewest = min(count, int(first["reference_images"])) if score == "FD" else count
+    return {"features": features} if score in ("FD", PUBLISHED) and fewest <= features else {}
+
+
 def _values(
     by_seed: dict[int, dict[str, Any]], sampler: str, score: str, of: str = "images"
 ) -> tuple[list[float], int]:
@@ -179,13 +201,19 @@ def _values(
     return (found[0] if len(found) == 1 else [sum(v) / len(v) for v in found]), count
 
 
+def _step_of(graph: Graph) -> str:
+    """What a latency is of: where there are encoders and a decoder, they are in it."""
+    takes, parts = graph.asking.takes, {"text": "text, steps and decoding", "class": "steps and decoding"}
+    return f"step; the whole pipeline ({parts[takes]}) over its steps" if takes in parts else "step"
+
+
 def _costs(graph: Graph, costs: dict[str, Any], name: str) -> dict[str, Figure]:
     cost, protocol = costs["models"][name], costs["protocol"]
     seeds = [graph.recipe.seeds[0]]
     timing = {
         **protocol,
         "sampler": graph.recipe.evaluate.samplers[0].label,
-        "per": "step",
+        "per": _step_of(graph),
         "statistic": "median, half the range",
     }
     latency: Figure = {

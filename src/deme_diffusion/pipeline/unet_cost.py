@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -105,7 +106,7 @@ def _parts(config: Mapping[str, Any]) -> tuple[list[Part], int]:
 def _condition_parts(config: Mapping[str, Any], tokens: int) -> tuple[list[Part], int]:
     """The same of a U-Net whose blocks hold transformers, as many layers of them as the config says."""
     widths = list(config["block_out_channels"])
-    count = len(widths)
+    count, linear = len(widths), bool(config.get("use_linear_projection"))
     layers, depths, texts = (
         _each(config.get(key, usual), count)
         for key, usual in (("layers_per_block", 2), ("transformer_layers_per_block", 1), ("cross_attention_dim", 1280))
@@ -119,7 +120,7 @@ def _condition_parts(config: Mapping[str, Any], tokens: int) -> tuple[list[Part]
     def add(enters: int, leaves: int, level: int, attended: bool = False) -> int:
         parts.append(residual(enters, leaves, embedding, pixels))
         if attended:
-            parts.extend(_transformer(leaves, pixels, depths[level], texts[level], tokens))
+            parts.extend(_transformer(leaves, pixels, depths[level], texts[level], tokens, linear))
         return leaves
 
     for i, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
@@ -147,11 +148,16 @@ def _each(value: Any, count: int) -> list[int]:
     return [int(value)] * count if isinstance(value, int) else [int(v) for v in value]
 
 
-def _transformer(width: int, pixels: int, depth: int, text: int, tokens: int) -> list[Part]:
-    """Norm and projection in, `depth` layers of self-attention, attention to the text and a gated linear unit, out."""
+def _transformer(width: int, pixels: int, depth: int, text: int, tokens: int, linear: bool) -> list[Part]:
+    """Norm and projection in, `depth` layers of self-attention, attention to the text and a gated linear unit, out.
+
+    `linear`: the projections are linear layers, not 1x1 convolutions.
+    """
     held = 3 * width * pixels  # before and after the norm, before the projection out
     ends = [Linear("proj_in", width, width, pixels), Linear("proj_out", width, width, pixels)]
-    return [part(ends, kept=held, enters=held, parameters=2 * width), *[_layer(width, pixels, text, tokens)] * depth]
+    around = part(ends, kept=held, enters=held, parameters=2 * width)
+    around = around if linear else replace(around, convolved=around.macs)
+    return [around, *[_layer(width, pixels, text, tokens)] * depth]
 
 
 def _layer(width: int, pixels: int, text: int, tokens: int) -> Part:

@@ -9,10 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from deme_diffusion.artefacts import Store
+from deme_diffusion.data.classes import Classes, in_model
 from deme_diffusion.data.encoded import EncodedSplit, check_shards, open_cache
 from deme_diffusion.data.sources import SplitName
 from deme_diffusion.data.splits import Split, load_splits
@@ -27,6 +30,7 @@ from deme_diffusion.models.denoiser import Denoiser
 from deme_diffusion.models.devices import device_of
 from deme_diffusion.models.ensemble import RoutedEnsemble
 from deme_diffusion.models.families import family
+from deme_diffusion.models.latent import LatentDenoiser
 from deme_diffusion.models.lora import attach, fused
 from deme_diffusion.models.objective import FixedNoise
 from deme_diffusion.pipeline import images
@@ -78,7 +82,17 @@ class Workbench:
         images.check_fit(splits["train"].shape, self._taken, self.recipe.data)
         images.check_prompts(splits, self.recipe.model.takes)
         images.check_enough({name: len(split) for name, split in splits.items()}, self.recipe.evaluate)
+        if self.recipe.model.takes == "class":
+            classes = self._classes(splits["train"].source.classes)
+            splits = {name: replace(split, classes=classes) for name, split in splits.items()}
         return splits
+
+    def _classes(self, found: Classes) -> npt.NDArray[np.int64]:
+        """Label -> the base's class. Raises UserError where it has none."""
+        denoiser, data = self.denoiser, self.recipe.data
+        assert isinstance(denoiser, LatentDenoiser), "what takes classes denoises latents"
+        known: dict[str, Any] = {"count": denoiser.num_classes, "names": denoiser.class_names}
+        return in_model(found, **known, model=self.graph.base.label, data=data.path or data.source)
 
     @property
     def encoded(self) -> Mapping[SplitName, Any]:
@@ -86,7 +100,8 @@ class Workbench:
         cache = self.graph.cache
         if cache is None:
             return self.splits
-        return self.shared.get("encoded", (cache.digest, str(self.folder(cache))), lambda: self._opened(cache))
+        key = (cache.digest, str(self.folder(cache)), self.graph.base.digest)  # the base's, for it counts classes
+        return self.shared.get("encoded", key, lambda: self._opened(cache))
 
     def _opened(self, cache: Node | Input) -> Mapping[SplitName, EncodedSplit]:
         if isinstance(cache, Input):  # nobody's manifest vouches for it

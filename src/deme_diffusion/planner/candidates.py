@@ -21,6 +21,8 @@ from deme_diffusion.recipes import changed
 
 log = logging.getLogger(__name__)
 METRICS = ("FD", "KID", "loss")
+PROMPTED = "CLIP score"
+"""What is asked for besides where the recipe scores how images fit their prompts."""
 SERVING = ("parameters", "disk space", "peak memory", "load time", "latency")
 """What is asked for besides where an arm serves the ensemble."""
 
@@ -93,10 +95,13 @@ def in_words(recipe: Recipe) -> Iterator[tuple[Part, Action, str | None]]:
                 yield part, action, None
 
 
-def asked(part: str, action: Action, replacement: Sequence[str], *, serving: bool = False) -> Ablation:
+def asked(
+    part: str, action: Action, replacement: Sequence[str], *, serving: bool = False, prompted: bool = False
+) -> Ablation:
     """An ablation in the table's own words."""
     what = {"REMOVE": f"Without {part}", "REPLACE": f"Other {part}", "ADD": f"With {part}"}[action]
-    return Ablation(what, part, action, list(replacement), [*METRICS, *(SERVING if serving else ())])
+    metrics = [*METRICS, *([PROMPTED] if prompted else []), *(SERVING if serving else ())]
+    return Ablation(what, part, action, list(replacement), metrics)
 
 
 def ready(resolved: Resolved, part: str | None = None) -> tuple[Arm, ...] | None:

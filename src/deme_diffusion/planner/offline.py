@@ -34,7 +34,7 @@ def ablation_of(choice: Choice, recipe: Recipe) -> Ablation:
     ablation = asked(choice.part, choice.action, names)
     changes = [arm.change for arm in resolve(ablation, recipe).arms]
     serving = any(change.get("merge.method") == "none" and "decouple.num_ranges" not in change for change in changes)
-    wanted = asked(choice.part, choice.action, names, serving=serving)
+    wanted = asked(choice.part, choice.action, names, serving=serving, prompted=recipe.evaluate.clip_score)
     known = [metric.asked for metric in resolve(wanted, recipe).metrics if metric.columns]
     return replace(wanted, metrics=known)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,40 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = parts = dotted.split(".")
-    for depth, part in enumerate(parts):
-        valid = keys_of(parts[:depth])
-        if part not in valid:
-            sections = [f"{section}.{part}" for section in valid if depth == 0 and part in keys_of([section])]
-            hint = f"; did you mean {sections[0]!r}?" if sections else nearest(part, valid)
-            raise UserError(f"{dotted}: unknown key{hint}")
-    for part in parents:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
-        values = values[part]
-    values[last] = value
+    """Set what a config path names; a number steps into a list, as in evaluate.samplers.0.guidance_scale."""
+    parts = dotted.split(".")
+    place: Any = values
+    for depth in range(len(parts) - 1):
+        key: Any = _step(place, parts, depth)
+        there = place[key] if isinstance(place, list) else place.get(key)
+        if not isinstance(there, dict | list):
+            there = _default_list(parts[: depth + 1])
+        place[key] = there.copy()  # YAML's aliases share it with another section
+        place = place[key]
+    place[_step(place, parts, len(parts) - 1)] = value
+
+
+def _step(place: dict[str, Any] | list[Any], parts: Sequence[str], depth: int) -> str | int:
+    """A part of a config path as a key of the section, or an index of the list, where it stands."""
+    dotted, part, above = ".".join(parts), parts[depth], ".".join(parts[:depth])
+    if isinstance(place, list):
+        if not part.isdecimal():
+            raise UserError(f"{dotted}: {above} is a list; say which of it, as in {above}.0.{part}")
+        if int(part) >= len(place):
+            known = f"0 to {len(place) - 1}" if place else "none"
+            raise UserError(f"{dotted}: {above} has no {part}; it has {known}")
+        return int(part)
+    valid = keys_of(parts[:depth])
+    if part not in valid:
+        sections = [f"{section}.{part}" for section in valid if depth == 0 and part in keys_of([section])]
+        hint = f"; did you mean {sections[0]!r}?" if sections else nearest(part, valid)
+        raise UserError(f"{dotted}: unknown key{hint}")
+    return part
+
+
+def _default_list(path: Sequence[str]) -> dict[str, Any] | list[Any]:
+    """The list that stands there by default, which indices step into; an empty section where none does."""
+    found: Any = Recipe.model_validate({}).model_dump(mode="json")
+    for part in path:
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, list) else {}

@@ -28,6 +28,8 @@ METRICS = {
     "density": "how many neighbourhoods of real images a sample lies in, relative to the expected number",
     "CLIP": "CLIP score: how well an image fits its prompt, 100 max(cosine, 0) between a CLIP's embeddings of both",
     "coverage": "the share of real images with a sample in their neighbourhood",
+    "latency": "milliseconds of sampling a batch, divided by the steps; text encoding and decoding, where a model has"
+    " them, are in it",
 }
 EXTRACTORS = {
     "digits-cnn": "a small classifier of 8x8 digits that comes with deme-diffusion",

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,17 +49,41 @@ class Verdict:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Compare `merged` with `base` and the best control present, in every FD column, or else by CLIP score.
 
-    Where there is FD, a CLIP score is told beside: one that fell beyond the margin leaves no gain.
+    Where there is FD, a CLIP score is told beside: one that fell beyond the margin leaves no gain. FD of images no more
+    than their features, which is mostly bias, decides nothing: KID, which has none, takes its place.
     """
-    fd, clip = (_compared(rows, word) for word in ("FD", "CLIP"))
-    pairs, beside = (fd, clip) if fd else (clip, [])
+    fd, kid, clip = (_compared(rows, word) for word in ("FD", "KID", "CLIP"))
+    few = _few(rows)
+    sound = [pair for pair in fd if pair[0].metric not in few]
+    first = sound or (kid if few else [])
+    pairs, beside = (first, clip) if first else (clip, [])
+    if not pairs and few:
+        return Verdict(f"{_biased(few)}, so nothing can be concluded.", None, [])
     if not pairs:
         return Verdict("The table has no FD of both merged and base, so nothing can be concluded.", None, [])
     comparisons = [comparison for pair in pairs for comparison in pair]
     fell = [comparison for pair in beside for comparison in pair if comparison.outcome == "lower"]
     helps = _helps(pairs) if not fell else False
     sentences = [*(_sentence(pair) for pair in pairs), *(_sentence(pair) for pair in beside)]
+    if few:
+        decides = pairs[0][0].metric.partition("(")[0]
+        sentences.insert(0, f"{_biased(few)}: {decides} decides.")
     return Verdict(" ".join([*sentences, _conclusion(comparisons, helps, fell)]), helps, comparisons)
+
+
+def _few(rows: Sequence[Row]) -> dict[str, Figure]:
+    """The FD columns of merged whose protocol says that images are no more than features, on either side."""
+    found = [row["metrics"] for row in rows if row["model"] == "merged"]
+    figures = {name: figure for metrics in found for name, figure in metrics.items() if name.startswith("FD(")}
+    return {name: figure for name, figure in figures.items() if "features" in figure["protocol"]}
+
+
+def _biased(few: Mapping[str, Figure]) -> str:
+    figure = next(iter(few.values()))
+    images, features = (f"{int(number):,}" for number in (figure["n"], figure["protocol"]["features"]))
+    reference = figure["protocol"].get("reference")
+    against = f" against {reference:,}" if isinstance(reference, int) else ""
+    return f"FD of {images} images{against} in {features} features is mostly bias"
 
 
 def _compared(rows: Sequence[Row], word: str) -> list[list[Comparison]]:

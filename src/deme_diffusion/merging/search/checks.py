@@ -54,6 +54,7 @@ def shaping(settings: MergeSettings, method: str = "task_arithmetic") -> dict[st
         names |= {"objective"} if settings.objective == "relative_loss" else set()  # they take the loss for fd
     elif settings.search != "none":
         names |= {"objective", "finalists"} if settings.objective != "fd" else set()
+    names.add("judge")
     return {key: value for key, value in settings.changed().items() if key in names}
 
 
@@ -80,8 +81,9 @@ def noise_warning(num_experts: int, settings: MergeSettings) -> str | None:
         return None
     if (count := judged(num_experts, settings)) <= FEW_CANDIDATES:
         return None
+    score = settings.judge.upper()
     return (
-        f"merge.num_images={settings.num_images}: FD on {settings.num_images} images follows the sampling noise, and "
+        f"merge.num_images={settings.num_images}: {score} on {settings.num_images} images follows the sampling noise, and "
         f"merge.search={settings.search} chooses the least of up to {count}; use {FEW_IMAGES} images or more, or an "
         "objective other than fd"
     )
