@@ -206,7 +206,7 @@ def test_dry_run_of_one_stage_shows_what_it_needs_and_no_more(deme: Deme) -> Non
         (["digits", "decouple.num_ranges"], "decouple.num_ranges: an override is KEY=VALUE"),
         (["digits", "decouple.num_ranges=1001"], "decouple.num_ranges: 1001 ranges do not fit into 1000 timesteps"),
         (["digits", "decouple.global_prob=1.5"], "digits: decouple.global_prob: Input should be less than"),
-        (["digits", "model.family=ddmp"], "digits: model.family: 'ddmp' is not one of ddpm; did you mean 'ddpm'?"),
+        (["digits", "model.family=ddmp"], "digits: model.family: 'ddmp' is not one of ddpm, dit, stable_diffusion, "),
         (["digits", "model.pretrained=nowhere"], "model.pretrained: 'nowhere' is no folder, no hub name"),
         (["digits", "model.pretrained=./no/base"], "model.pretrained: './no/base' is no folder"),
         (["digits", "model.pretrained=packaged:digit-base"], "model.pretrained: nothing is packaged as"),

@@ -72,7 +72,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["results"] = ["report"]
 MAY_IMPORT["api"] = [*MAY_IMPORT["cli"], "results"]  # the Python door beside the command's
-MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api"], ["cli"]
+MAY_IMPORT["__init__"], MAY_IMPORT["__main__"] = ["api", "results"], ["cli"]
 TORCH_FREE = ["errors", "processes", "files", "config", "recipes", "rng", "division", "provenance", "artefacts"]
 TORCH_FREE += ["figure_file", "weight_files", "merging.checkpoints", "schedule", "divisions", "similarity_file"]
 TORCH_FREE += [

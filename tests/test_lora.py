@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from deme_diffusion.data.splits import Split, SplitName
 from deme_diffusion.decoupling import memory
 from deme_diffusion.decoupling.step import total
 from deme_diffusion.division import Division
-from deme_diffusion.errors import UserError
+from deme_diffusion.errors import MachineError, UserError
 from deme_diffusion.lora import read_lora
 from deme_diffusion.lora_files import LORA_NAME
 from deme_diffusion.models import lora
@@ -132,6 +133,19 @@ def test_a_missing_peft_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs peft: pip install 'deme-diffusion\[text\]'"):
         lora.adapt(StableDiffusion.load(base).module, LORA, seed=0)
+
+
+def test_a_broken_peft_is_not_called_missing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = StableDiffusion.load(base).module
+    for broken in (types.ModuleType("peft"), None):
+        monkeypatch.setitem(sys.modules, "peft", broken)
+        if broken is None:  # something that peft itself needs
+            monkeypatch.delitem(sys.modules, "peft")
+            for name in [name for name in sys.modules if name.startswith("peft.")]:
+                monkeypatch.delitem(sys.modules, name)
+            monkeypatch.setitem(sys.modules, "accelerate", None)
+        with pytest.raises(MachineError, match=r"peft is there, and cannot be imported: .*install it again"):
+            lora.adapt(module, LORA, seed=0)
 
 
 # --- stock diffusers ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
+import tiny_flow
 from deme_diffusion import merge_checkpoints
 from deme_diffusion.config import MethodOptions
 from deme_diffusion.errors import UserError
-from deme_diffusion.lora import Factors, Lora, read_lora
+from deme_diffusion.lora import Factors, Lora, base_record, read_lora
 from deme_diffusion.lora_files import LORA_NAME, find_lora
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.differential import Differential
@@ -31,7 +33,7 @@ from deme_diffusion.merging.table import method
 from deme_diffusion.merging.vectors import Weight
 from deme_diffusion.models import lora as adapters
 from deme_diffusion.models.stable_diffusion import StableDiffusion
-from deme_diffusion.weights import WEIGHTS_NAME, load_state
+from deme_diffusion.weights import WEIGHTS_NAME, Weights, load_state, state_digest
 from lora_models import answered, random_factors, saved
 
 TARGETS: Sequence[tuple[str, ...] | None] = (None, ("to_q", "conv1"), ("to_q", "conv_in", "proj_in"))
@@ -94,7 +96,7 @@ def test_task_arithmetic_is_exact_in_every_layer(base: Path, experts: list[Path]
         expected = sum((w * delta for w, delta in zip(WEIGHTS, deltas[name], strict=True)), torch.tensor(0.0))
         torch.testing.assert_close(own.delta().double(), expected, rtol=1e-5, atol=1e-6)
         ranks = [opened(path).layers[name].rank for path in experts if name in opened(path).layers]
-        assert own.rank == sum(ranks)
+        assert own.rank == min(sum(ranks), own.shape[0], math.prod(own.shape[1:]))
         assert math.isclose(found.norms[name], float(expected.square().sum()), rel_tol=1e-5)
 
 
@@ -152,6 +154,25 @@ def test_a_given_rank_is_the_best_of_the_dense_matrix_and_says_what_is_lost(
         lost, whole = lost + error, whole + float(values.square().sum())
     assert math.isclose(found.relative_error, math.sqrt(lost / whole), rel_tol=1e-6)
     assert found.worst[1] >= found.relative_error > 0 and not found.exact
+
+
+def test_an_exact_merge_has_no_more_rank_than_the_layer(base: Path, tmp_path: Path) -> None:
+    module = StableDiffusion.load(base).module
+    wide = [saved(tmp_path / str(i), random_factors(module, 6, i, ("to_q",), 0.1)) for i in range(3)]
+    found, deltas = merge(base, wide)
+    assert found.exact and found.relative_error == 0.0
+    for name, own in found.layers.items():
+        expected = sum((w * d for w, d in zip(WEIGHTS, deltas[name], strict=True)), torch.tensor(0.0))
+        assert own.rank == min(own.shape) < 18
+        torch.testing.assert_close(own.delta().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_float32_rounds_away_is_no_loss() -> None:
+    draw = torch.Generator().manual_seed(0)
+    change = torch.randn(64, 5, generator=draw) @ torch.randn(5, 96, generator=draw)
+    for rank, exact in ((5, True), (4, False)):
+        own, norm, lost = decomposed_to(change, rank)
+        assert lost > 0 and MergedLora({"a": own}, {"a": norm}, {"a": lost}).exact == exact
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 3, 3, 3)])
@@ -295,6 +316,41 @@ def test_other_formats_make_the_model_that_stock_diffusers_makes(base: Path, tmp
             torch.testing.assert_close(answered(ours), answered(pipeline.unet), rtol=1e-5, atol=1e-6)
 
 
+def test_alphas_of_flux_are_those_of_stock_diffusers(tmp_path: Path) -> None:
+    folder = tiny_flow.flux(tmp_path / "flux")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    layers = random_factors(pipeline.transformer, 2, 0, ("attn.to_q", "attn.to_k"))
+    state, config = dict[str, torch.Tensor](), json.loads((folder / "transformer" / "config.json").read_text())
+    for i, (name, own) in enumerate(layers.items()):
+        state |= {f"transformer.{name}.lora_A.weight": own.down, f"transformer.{name}.lora_B.weight": own.up}
+        state[f"transformer.{name}.alpha"] = torch.tensor(1.0 + i % 2)
+    file = tmp_path / "alphas.safetensors"
+    save_file(state, file)
+    found = read_lora(file, "transformer", config)
+    pipeline.load_lora_weights(file)
+    stock = {
+        n: float(part.scaling["default_0"])
+        for n, part in pipeline.transformer.named_modules()
+        if hasattr(part, "scaling")
+    }
+    assert {name: own.scale for name, own in found.layers.items()} == stock
+    assert set(stock.values()) == {0.5, 1.0}
+
+
+def test_alphas_that_a_converter_loses_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losing(state: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in state.items() if not key.endswith(".alpha")}
+
+    monkeypatch.setattr(diffusers.loaders.lora_pipeline.FluxLoraLoaderMixin, "lora_state_dict", losing)
+    state = {"transformer.a.lora_A.weight": torch.ones(2, 3), "transformer.a.lora_B.weight": torch.ones(3, 2)}
+    config = {"_class_name": "FluxTransformer2DModel"}
+    for alpha in (2.0, 1.0):
+        save_file({**state, "transformer.a.alpha": torch.tensor(alpha)}, tmp_path / f"{alpha}.safetensors")
+    assert read_lora(tmp_path / "2.0.safetensors", "transformer", config).layers["a"].scale == 1.0  # alpha is r
+    with pytest.raises(UserError, match=r"transformer\.a\.alpha: diffusers' converter loses it"):
+        read_lora(tmp_path / "1.0.safetensors", "transformer", config)
+
+
 def test_rank_stabilised_scales(base: Path, tmp_path: Path) -> None:
     layers = random_factors(StableDiffusion.load(base).module, 4, 0)
     state = {f"unet.{n}.lora_{k}.weight": v for n, o in layers.items() for k, v in (("A", o.down), ("B", o.up))}
@@ -336,6 +392,44 @@ def test_a_lora_of_another_base_is_refused_in_a_line(base: Path, experts: list[P
     merge_checkpoints(base, [saved(tmp_path / "half", layers, base=half)], tmp_path / "out")
 
 
+def test_a_base_in_other_files_is_known_by_its_tensors(base: Path, tmp_path: Path) -> None:
+    with Weights(base / "unet") as model:
+        of = base_record(model, full_hash=True)
+    layers, state = random_factors(StableDiffusion.load(base).module, 2, 0), load_state(base / "unet" / WEIGHTS_NAME)
+    assert of["tensors"] == state_digest(state)
+    expert = saved(tmp_path / "expert", layers, base=of)
+    for name, own in (("same", state), ("other", {**state, "conv_in.bias": state["conv_in.bias"] + 1})):
+        shutil.copytree(base, tmp_path / name)
+        save_file(own, tmp_path / name / "unet" / WEIGHTS_NAME, {"format": "pt", "by": "another tool"})
+    merge_checkpoints(tmp_path / "same", [expert], tmp_path / "out")
+    with pytest.raises(UserError, match="a LoRA of another base: it was trained on weights"):
+        merge_checkpoints(tmp_path / "other", [expert], tmp_path / "no")
+
+
+def test_a_big_base_is_compared_where_a_full_hash_is_asked_for(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deme_diffusion.merging.lora_weights.SMALL", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    of = {"sha256": "0" * 64, "dtype": ["F32"], "files": 1}
+    expert = saved(tmp_path / "expert", random_factors(StableDiffusion.load(base).module, 2, 0), base=of)
+    merge_checkpoints(base, [expert], tmp_path / "out")
+    assert "not compared with the base that it was trained on; a full hash (--full-hash) does" in caplog.text
+    with pytest.raises(UserError, match="a LoRA of another base: it was trained on weights 000000000000"):
+        merge_checkpoints(base, [expert], tmp_path / "no", full_hash=True)
+
+
+def test_a_lora_beside_a_whole_model_is_refused(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "both")
+    shutil.copy(experts[0] / LORA_NAME, tmp_path / "both")
+    with pytest.raises(
+        UserError, match=r"both: a LoRA \(pytorch.* beside a whole model \(model_index\.json\); give .*both/"
+    ):
+        merge_checkpoints(base, [tmp_path / "both"], tmp_path / "out")
+    assert merge_checkpoints(base, [tmp_path / "both" / LORA_NAME], tmp_path / "lora").record["lora"]
+    assert "lora" not in merge_checkpoints(base, [tmp_path / "both" / "unet"], tmp_path / "model").record
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -355,8 +449,15 @@ def test_what_is_no_low_rank_product_is_refused(base: Path, tmp_path: Path) -> N
     layers = random_factors(StableDiffusion.load(base).module, 2, 0)
     state = {f"unet.{n}.lora_{k}.weight": v for n, o in layers.items() for k, v in (("A", o.down), ("B", o.up))}
     name = next(iter(layers))
+    scaled = {f"lora_unet_{name.replace('.', '_')}.dora_scale": torch.ones(8)}
+    nothing = {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in state.items()}
     cases = {
-        "dora": ({**state, f"unet.{name}.lora_magnitude_vector": torch.ones(8)}, {}, "low-rank product"),
+        "kohya": ({**kohya(layers), **scaled}, {}, "a DoRA"),
+        "alpha": (state, {"lora_alpha": "x"}, "no readable alpha"),
+        "pattern": (state, {"lora_alpha": 1, "alpha_pattern": {"([": 2}}, "no readable alpha"),
+        "rank": (nothing, {}, "factors of rank 0"),
+        "packed": ({k: v.to(torch.int8) for k, v in state.items()}, {}, "is in int8: packed factors"),
+        "dora": ({**state, f"unet.{name}.lora_magnitude_vector": torch.ones(8)}, {}, "a DoRA"),
         "half": ({k: v for k, v in state.items() if k != f"unet.{name}.lora_B.weight"}, {}, "only one of its two"),
         "odd": ({**state, f"unet.{name}.lora_B.weight": torch.ones(8, 3)}, {}, "do not fit"),
         "kind": (state, {"use_dora": True}, "a DoRA"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,11 @@ from deme_diffusion.errors import UserError
 from deme_diffusion.evaluation.objectives import FixedNoiseObjective
 from deme_diffusion.lora import read_lora
 from deme_diffusion.lora_files import LORA_NAME
+from deme_diffusion.merging.lora_write import write_lora
+from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.models.adapters import SwitchedEnsemble
 from deme_diffusion.models.ddpm import DDPM
+from deme_diffusion.models.lora import attach
 from deme_diffusion.models.stable_diffusion import StableDiffusion
 from deme_diffusion.pipeline.exporting import export_merged
 from deme_diffusion.pipeline.run import Run, open_run
@@ -141,6 +145,62 @@ def test_the_ensemble_switches_adapters_in_one_base(base: Path, whole: Run) -> N
         for rows, part in ((slice(0, 2), served.parts[0]), (slice(2, 3), served.parts[1])):
             alone = bench.component(part).eval()
             assert torch.equal(mixed[rows], alone(x[rows], t[rows], states[rows])[0])
+
+
+def test_a_lora_that_lies_in_a_base_is_not_put_into_it(base: Path, whole: Run, tmp_path: Path) -> None:
+    stray = tmp_path / "stray"
+    shutil.copytree(base, stray)
+    shutil.copy(whole.merged / LORA_NAME, stray)
+    run = opened(stray, tmp_path / "runs" / "stray")
+    bench = Stages(run.graph, run.store)
+    assert bench.lora(run.graph.base) is None and bench.component_folder(run.graph.base).name == "unet"
+    assert torch.equal(answered(bench.component(run.graph.base)), answered(StableDiffusion.load(base).module.eval()))
+
+
+def test_an_ensemble_of_loras_is_loaded_as_one_base(whole: Run) -> None:
+    bench = Stages(whole.graph, whole.store)
+    counts = {one.name: len(bench.loaders(one)) for one in whole.graph.served[0]}
+    assert counts["ensemble"] == 1
+    served = next(one for one in whole.graph.served[0] if one.ensemble)
+    assert isinstance(bench.loaders(served)[0](), SwitchedEnsemble)
+
+
+@pytest.mark.parametrize("objective", ["loss", "relative_loss"])
+def test_what_reads_the_base_between_turns_gets_the_base(base: Path, whole: Run, objective: str) -> None:
+    run = opened(base, whole.folder.parent / objective, search="least_squares", weights=None, objective=objective)
+    stages, node = Stages(run.graph, run.store), run.graph.searches[0]
+    with stages._merger(node) as merger:
+        own: FixedNoiseObjective = Asked(stages, node, merger, whole.folder / "none.jsonl").loss.objective
+        loaded = FixedNoiseObjective(own.noise, own.base, own.experts, own.materialise, own.relative)
+        found = own.normal_equations()  # which takes the base's losses, within
+        for ours, expected in zip(found, loaded.normal_equations(), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("merge", [{"lora_rank": 1}, {"method": "ties"}])
+def test_a_search_scores_the_lora_that_is_written(
+    base: Path, whole: Run, tmp_path: Path, merge: dict[str, Any]
+) -> None:
+    run = opened(base, whole.folder.parent / next(iter(merge)), search="grid", weights=None, **merge)
+    stages, node = Stages(run.graph, run.store), run.graph.searches[0]
+    with stages._merger(node) as merger:
+        asked = Asked(stages, node, merger, tmp_path / "none.jsonl")
+        materialise = asked.metric.objective.materialise
+        materialise([0.1, 0.2])  # of which nothing stays
+        scored, dense = answered(materialise(WEIGHTS)), answered(asked.materialise(WEIGHTS))
+        kept = write_lora(merger, MergeWeights(WEIGHTS), tmp_path, source="given", rank=merge.get("lora_rank"))
+    written = attach(StableDiffusion.load(base).module, read_lora(tmp_path, "unet", {}))
+    torch.testing.assert_close(scored, answered(written), rtol=1e-5, atol=1e-5)
+    assert not kept["lora"]["exact"] and not torch.allclose(scored, dense, atol=1e-4)
+
+
+def test_a_search_is_another_one_only_where_its_lora_is_cut(base: Path, whole: Run) -> None:
+    folder = whole.folder.parent / "keys"
+    keys = [
+        opened(base, folder / str(i), search="grid", weights=None, **merge).graph.searches[0].digest
+        for i, merge in enumerate([{}, {"fuse": True}, {"lora_rank": 1}, {"lora_rank": 2}])
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 @pytest.mark.parametrize(("search", "judge"), [("least_squares", "kid"), ("gradient", "fd")])

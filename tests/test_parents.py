@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import test_cli
 from conftest import component
 from deme_diffusion import merge_checkpoints
-from deme_diffusion.api import MergedCheckpoint
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.remarks import Progress
+from deme_diffusion.results import MergedCheckpoint
 from deme_diffusion.weights import WEIGHTS_NAME, State, Weights
 from test_cli import Deme
 

@@ -8,11 +8,6 @@ stage by stage.
 from __future__ import annotations
 
 from deme_diffusion.api import (
-    Expert,
-    Figure,
-    Merged,
-    MergedCheckpoint,
-    Result,
     analyze,
     attach_projection,
     decouple,
@@ -22,6 +17,7 @@ from deme_diffusion.api import (
     run,
     sample,
 )
+from deme_diffusion.results import Expert, Figure, Merged, MergedCheckpoint, Result
 
 __version__ = "0.1.0"
 __all__ = [

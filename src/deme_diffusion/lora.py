@@ -6,6 +6,7 @@ s = alpha / r; of a convolution A has the kernel and B is pointwise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 
-from deme_diffusion.digests import known
+from deme_diffusion.digests import known, recall, remember, size_and_time
 from deme_diffusion.errors import UserError, nearest
 from deme_diffusion.lora_files import ADAPTER_KEY, BASE_KEY, PEFT_CONFIG, PEFT_NAME, find_lora, metadata_of
-from deme_diffusion.weights import State, Weights, load_state, save_state
+from deme_diffusion.weights import State, Weights, load_state, save_state, update_digest
 
+_DORA = "a DoRA, whose change of a weight is no product of two factors; fuse it into its base"
 _PEFT = "base_model.model."
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>[AB])(\.default)?\.weight")
 _STOCK = re.compile(r"(unet|transformer(_2)?|text_encoder(_\d)?)\..+\.lora_[AB]\.weight")
@@ -107,7 +109,21 @@ def config_of(layers: Mapping[str, Factors]) -> dict[str, Any]:
 def base_record(base: Weights, *, full_hash: bool = False) -> dict[str, Any]:
     """What a LoRA says of the model it is for; the digest is None where nothing vouches for the files."""
     kinds = sorted({base.entry(key).dtype for key in base.keys()})  # noqa: SIM118 - Weights is no mapping
-    return {"sha256": known(base.files, full_hash=full_hash).digest, "dtype": kinds, "files": len(base.files)}
+    digest = known(base.files, full_hash=full_hash).digest
+    tensors = tensors_digest(base) if full_hash else None
+    return {"sha256": digest, "tensors": tensors, "dtype": kinds, "files": len(base.files)}
+
+
+def tensors_digest(model: Weights) -> str:
+    """`state_digest` of a model, a tensor at a time, and remembered: files may differ in their headers alone."""
+    key = ["tensors", *([str(file.absolute()), *size_and_time(file)] for file in model.files)]
+    if digest := recall(key):
+        return digest
+    found = hashlib.sha256()
+    for name in sorted(model.keys()):
+        update_digest(found, name, model.tensor(name))
+    remember(key, found.hexdigest(), path=str(model.path.absolute()))
+    return found.hexdigest()
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -122,6 +138,7 @@ def read_lora(path: Path, component: str, config: Mapping[str, Any]) -> Lora:
     if (file := find_lora(path)) is None:
         raise UserError(f"{path}: no LoRA; a folder with pytorch_lora_weights.safetensors, or such a file is expected")
     state, said = load_state(file), metadata_of(file)
+    _check_kind(file, state)
     settings, alphas = _settings(file, said, component), dict[str, float]()
     if not all(_STOCK.fullmatch(key) for key in state):
         state, alphas = _converted(file, state, component, config)
@@ -147,18 +164,35 @@ def check_fits(lora: Lora, shapes: Mapping[str, Sequence[int]], of: str) -> None
             )
 
 
-def check_base(lora: Lora, base: Mapping[str, Any], of: str) -> None:
-    """Raises UserError where the LoRA says that it is for another model than one with this `base_record`.
+def check_base(lora: Lora, base: Mapping[str, Any], model: Weights) -> str | None:
+    """Raises UserError where the LoRA says that it is for another model than this one with this `base_record`.
 
-    Only files of one kind can be told apart: the same model in another precision has another digest.
+    Only files of one kind can be told apart: the same model in another precision has another digest. Of files that
+    differ the tensors are compared, where the LoRA says theirs. Returns what to tell the user where nothing could be.
     """
-    said = lora.base
-    alike = said.get("dtype") == base["dtype"] and said.get("files") == base["files"]
-    if alike and said.get("sha256") and base["sha256"] and said["sha256"] != base["sha256"]:
+    said, of = lora.base, model.path
+    if said.get("dtype") != base["dtype"] or not said.get("sha256"):
+        return None
+    if base["sha256"] is None:
+        return f"{lora.file}: not compared with the base that it was trained on; a full hash (--full-hash) does"
+    differ = said.get("files") == base["files"] and said["sha256"] != base["sha256"]
+    if differ and said.get("tensors"):  # equal ones may lie in files whose headers differ
+        differ = said["tensors"] != tensors_digest(model)
+    if differ:
         raise UserError(
             f"{lora.file}: a LoRA of another base: it was trained on weights {said['sha256'][:12]}, and {of} has "
             f"{base['sha256'][:12]}; give the model that it was trained on"
         )
+    return None
+
+
+def _check_kind(file: Path, state: State) -> None:
+    """Raises UserError for a DoRA, whose magnitudes some converters leave out, and for factors in whole numbers."""
+    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in state):
+        raise UserError(f"{file}: {_DORA}")
+    if key := next((key for key, own in state.items() if not own.is_floating_point() and "alpha" not in key), None):
+        kind = str(state[key].dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {key} is in {kind}: packed factors cannot be merged; give them in floating point")
 
 
 def _converted(file: Path, state: State, component: str, config: Mapping[str, Any]) -> tuple[State, dict[str, float]]:
@@ -174,6 +208,8 @@ def _converted(file: Path, state: State, component: str, config: Mapping[str, An
     except (ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{file}: no LoRA of a {kind} that diffusers converts: {reason}") from None
+    if not alphas:
+        _check_alphas(file, state, found)
     return found, alphas
 
 
@@ -185,12 +221,29 @@ def _by_diffusers(state: State, kind: str, config: Mapping[str, Any]) -> tuple[S
     name, options = _LOADERS[kind], dict[str, Any]()
     if config.get("addition_embed_type") == "text_time":
         name, options = "StableDiffusionXLLoraLoaderMixin", {"unet_config": SimpleNamespace(**config)}
+    elif kind == "FluxTransformer2DModel":
+        options = {"return_alphas": True}  # without which they are dropped
     loader: Any = getattr(lora_pipeline, name)
     found: Any = loader.lora_state_dict(dict(state), **options)
     tensors, alphas = found if isinstance(found, tuple) else (found, None)
     if not any(".lora_A." in key for key in tensors):
         tensors = convert_unet_state_dict_to_peft(tensors)
     return tensors, {key.removesuffix(".alpha"): float(value) for key, value in (alphas or {}).items()}
+
+
+def _check_alphas(file: Path, state: State, found: State) -> None:
+    """Raises UserError where alphas were neither handed on by the converter nor put into the factors."""
+    for key, alpha in state.items():
+        if not key.endswith(".alpha"):
+            continue
+        downs = (f"{key.removesuffix('.alpha')}.{name}.weight" for name in ("lora_A", "lora_down", "lora.down"))
+        own = next((state[down] for down in downs if down in state), None)
+        if own is None or float(alpha) == own.shape[0]:
+            continue
+        if any(other.shape == own.shape and torch.equal(other, own) for other in found.values()):
+            raise UserError(
+                f"{file}: {key}: diffusers' converter loses it, and with it the LoRA's scale; save it again"
+            )
 
 
 def _settings(file: Path, said: Mapping[str, str], component: str) -> dict[str, Any]:
@@ -202,7 +255,7 @@ def _settings(file: Path, said: Mapping[str, str], component: str) -> dict[str, 
     elif file.name == PEFT_NAME and (file.parent / PEFT_CONFIG).is_file():
         found = _json(file.parent / PEFT_CONFIG, (file.parent / PEFT_CONFIG).read_text())
     if found.get("use_dora"):
-        raise UserError(f"{file}: a DoRA, whose change of a weight is no product of two factors; fuse it into its base")
+        raise UserError(f"{file}: {_DORA}")
     return dict(found)
 
 
@@ -236,21 +289,27 @@ def _layers(file: Path, own: State, settings: Mapping[str, Any], alphas: Mapping
         if set(pair) != {"A", "B"}:
             raise UserError(f"{file}: {name} has only one of its two factors; fetch or make it again")
         rank = int(pair["A"].shape[0])
+        if not rank:
+            raise UserError(f"{file}: {name}: factors of rank 0; fetch or make it again")
         if pair["B"].ndim < 2 or pair["B"].shape[1] != rank or math.prod(pair["B"].shape[2:]) != 1:
             raise UserError(f"{file}: {name}: factors {tuple(pair['B'].shape)} and {tuple(pair['A'].shape)} do not fit")
-        layers[name] = Factors(pair["A"], pair["B"], _scale(name, rank, settings, alphas))
+        layers[name] = Factors(pair["A"], pair["B"], _scale(file, name, rank, settings, alphas))
     return layers
 
 
-def _scale(name: str, rank: int, settings: Mapping[str, Any], alphas: Mapping[str, float]) -> float:
+def _scale(file: Path, name: str, rank: int, settings: Mapping[str, Any], alphas: Mapping[str, float]) -> float:
     """alpha / r as diffusers would have it: from the metadata, from a tensor of its own, else 1."""
     if alphas:
         return alphas.get(name, Counter(alphas.values()).most_common(1)[0][0]) / rank
     if "lora_alpha" not in settings:
         return 1.0
-    alpha = settings["lora_alpha"]
-    for pattern, own in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):  # as peft matches it
-            alpha = own
-            break
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    alpha, patterns = settings["lora_alpha"], settings.get("alpha_pattern") or {}
+    try:
+        for pattern, own in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # as peft matches it
+                alpha = own
+                break
+        return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, re.error):
+        told = f"lora_alpha {alpha!r}, alpha_pattern {patterns!r}"
+        raise UserError(f"{file}: {name}: no readable alpha in its settings ({told}); save it again") from None

@@ -24,14 +24,21 @@ _ADAPTER = re.compile(r"(.*[._])?(lora(_\w+?)?|hada_w\d_[ab]|lokr_w\d(_[ab])?)([
 def find_lora(path: Path) -> Path | None:
     """The file of a LoRA, where that is what a file or folder holds; None where it holds something else.
 
-    Raises UserError for a folder with several of which none has a name that diffusers or peft gives.
+    Raises UserError for a folder with several of which none has a name that diffusers or peft gives, and for one with
+    a whole model beside.
     """
     if path.is_file():
         return path if path.suffix == ".safetensors" and _adapts(path) else None
+    whole = next((name for name in ("model_index.json", "config.json") if (path / name).is_file()), None)
     for name in (LORA_NAME, PEFT_NAME):
         if (path / name).is_file():
+            if whole:
+                model = "its component's folder" if whole == "model_index.json" else "its weight file"
+                raise UserError(
+                    f"{path}: a LoRA ({name}) beside a whole model ({whole}); give {path / name}, or {model}"
+                )
             return path / name
-    if not path.is_dir() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
+    if whole or not path.is_dir():
         return None
     found = [file for file in sorted(path.glob("*.safetensors")) if _adapts(file)]
     if len(found) > 1:

@@ -292,9 +292,14 @@ def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bits of a state."""
     digest = hashlib.sha256()
     for key, tensor in sorted(state.items()):
-        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
+        update_digest(digest, key, tensor)
     return digest.hexdigest()
+
+
+def update_digest(digest: Any, key: str, tensor: torch.Tensor) -> None:
+    """One tensor's turn in `state_digest`."""
+    digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+    digest.update(tensor_bytes(tensor))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

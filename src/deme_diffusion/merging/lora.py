@@ -25,12 +25,13 @@ from deme_diffusion.merging.remarks import EVERY
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.merging.statistics import Statistics
 from deme_diffusion.merging.stream import torch_threads
+from deme_diffusion.merging.table import LINEAR
 from deme_diffusion.merging.vectors import finite
 
 log = logging.getLogger(__name__)
-LINEAR = ("task_arithmetic", "average")
-"""Methods whose result is a weighted sum of the changes, the weights being known beforehand."""
 ROWS = 16
+ROUNDING = 1e-6
+"""Relative error of a decomposition that loses nothing."""
 Term = tuple[float, Factors]
 
 
@@ -44,8 +45,8 @@ class MergedLora:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing was cut off."""
-        return not any(self.lost.values())
+        """Whether nothing was cut off but what float32 rounds away."""
+        return self.relative_error <= ROUNDING
 
     @property
     def relative_error(self) -> float:
@@ -131,8 +132,9 @@ def _joined(terms: Sequence[Term], shape: Sequence[int], rank: int | None) -> tu
         return _zero(shape), 0.0, 0.0
     down = torch.cat([own.down.float() for _, own in terms])
     up = torch.cat([(w * own.scale) * own.up.float() for w, own in terms], dim=1)
-    joined = Factors(down, up, 1.0)
-    if rank is None or rank >= joined.rank:
+    joined, most = Factors(down, up, 1.0), min(shape[0], prod(shape[1:]))  # no matrix has more rank than that
+    rank = most if rank is None else min(rank, most)
+    if rank >= joined.rank:
         return joined, _square(joined), 0.0
     values, left, right = _decomposed(joined)
     squares = values.square()

@@ -33,7 +33,8 @@ class LoraWeights(Weights):
         self.files = [self.lora.file]
         of = str(base.path)
         check_fits(self.lora, {key: base.shape(key) for key in base.keys()}, of)  # noqa: SIM118 - Weights is no mapping
-        check_base(self.lora, record_of(base), of)
+        untold = check_base(self.lora, record_of(base), base)
+        self.notes = (*self.lora.notes, *filter(None, [untold]))
 
     def keys(self) -> list[str]:
         return self.base.keys()

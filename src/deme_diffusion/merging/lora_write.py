@@ -83,7 +83,9 @@ def said(own: Mapping[str, Any]) -> str:
 def readme(told: Mapping[str, Any], base: str) -> str:
     """README.md of a merged LoRA, from its record: what it is, what was lost, how stock diffusers loads it."""
     own, weights = told["lora"], ", ".join(f"{w:g}" for w in told["weights"]["values"])
-    exact = "The merge is exact: the factors stand side by side, and their ranks add up."
+    exact = (
+        "The merge is exact: the factors stand side by side, and their ranks add up, to a layer's full rank at most."
+    )
     lost = f"It is a decomposition of the merged change; {said(own)}."
     return (
         f"# A merged LoRA\n\n{len(told['experts'])} LoRAs for `{base}`, merged by {told['method']} with weights "

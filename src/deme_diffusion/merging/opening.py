@@ -48,7 +48,7 @@ class Parents:
         self.experts = [self._stack.enter_context(opened(path, self.base)) for path in experts]
         for expert in self.experts:
             if isinstance(expert, LoraWeights):
-                self.notes += expert.lora.notes
+                self.notes += expert.notes
                 continue
             check_model(expert, self.base)
             check_same(self.base, expert)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from deme_diffusion.digests import known
 from deme_diffusion.errors import UserError
 from deme_diffusion.files import Record, building, part_of, require_space, write_text
 from deme_diffusion.lora_files import LORA_NAME, find_lora
@@ -26,6 +27,7 @@ from deme_diffusion.merging.parents import of_pipelines
 from deme_diffusion.merging.request import Request
 from deme_diffusion.merging.write import planned as planned_files
 from deme_diffusion.merging.write import write_model
+from deme_diffusion.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ def opened(request: Request) -> Iterator[Opened]:
     ]
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     paths = [place.weights for place in experts]
+    if request.full_hash:
+        with Weights(base.weights) as whole:
+            known(whole.files, full_hash=True)  # remembered: LoRAs are compared with it as they are opened
     with Merger(base.weights, paths, request.method.name, request.options, request.fisher) as merger:
         merger.notes += [note for place in experts for note in of_pipelines(base, place)]
         merger.notes += _same_twice(paths)

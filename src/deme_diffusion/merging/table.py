@@ -179,6 +179,8 @@ _ROWS = (
     ),
 )
 METHODS = {row.name: row for row in _ROWS}
+LINEAR = ("task_arithmetic", "average")
+"""Methods whose result is a weighted sum of the changes, the weights being known beforehand."""
 
 
 def method(name: str, *, key: str = "merge.method") -> Method:

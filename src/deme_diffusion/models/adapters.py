@@ -50,6 +50,7 @@ def in_turn(base: nn.Module, loras: Sequence[Lora]) -> Iterator[list[Callable[[]
     try:
         for i, lora in enumerate(loras):
             attach(base, lora, _name(i))
+        choose_none(base)  # who reads the base itself before the first turn gets the base
         yield [partial(choose_none, base), *(partial(choose, base, _name(i)) for i in range(len(loras)))]
     finally:
         take_out(base)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_diffusion.errors import UserError, nearest
+from deme_diffusion.errors import MachineError, UserError, nearest
 from deme_diffusion.lora import Factors, Lora, check_fits, config_of
 from deme_diffusion.models.precision import widened
 from deme_diffusion.rng import generator
@@ -178,7 +178,7 @@ def fused(module: nn.Module, lora: Lora) -> nn.Module:
 
 def put_in(module: nn.Module, layers: Mapping[str, Factors], name: str = NAME) -> None:
     """Adapters with these factors, held in float32 (float64 in a module of float64) on the module's device."""
-    inject, config_class = _peft()
+    inject, config_class = peft_parts()
     config = config_of(layers)
     for key in ("rank_pattern", "alpha_pattern"):
         config[key] = {f"^{re.escape(own.removeprefix('^'))}": value for own, value in config[key].items()}
@@ -193,6 +193,12 @@ def put_in(module: nn.Module, layers: Mapping[str, Factors], name: str = NAME) -
         for part, value in ((own.lora_A, factors.down), (own.lora_B, factors.up)):
             part[name].weight = nn.Parameter(value.to(first.device, wide, copy=True))
         own.scaling[name] = factors.scale
+
+
+def exchange(module: nn.Module, layers: Mapping[str, Factors]) -> nn.Module:
+    """The module with an adapter of these factors instead of those that were in it, in eval mode."""
+    put_in(take_out(module), layers)
+    return module.requires_grad_(False).eval()
 
 
 def take_out(module: nn.Module) -> nn.Module:
@@ -289,9 +295,14 @@ def _is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def _peft() -> tuple[Any, Any]:
+def peft_parts() -> tuple[Any, Any]:
+    """peft's `inject_adapter_in_model` and `LoraConfig`. Raises UserError without it, MachineError if it is broken."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise MachineError(f"peft is there, and cannot be imported: {error}; install it again") from None
         raise UserError("LoRA needs peft: pip install 'deme-diffusion[text]'; or decouple.lora_rank=null") from None
+    except ImportError as error:
+        raise MachineError(f"peft is there, and cannot be imported: {error}; install it again") from None
     return inject_adapter_in_model, LoraConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Measuring(Scored):
         batch_size = self.graph.served_batch
         rows = {}
         for served in node.arguments["models"]:
-            load, load_spread = cost.load_time([partial(self.component, part) for part in served.parts])
+            load, load_spread = cost.load_time(self.loaders(served))
             module = self.module(served)
             milliseconds, spread = cost.latency(self.denoiser, module, sampler, batch_size)
             memory = cost.peak_memory(self.denoiser, module, sampler, batch_size)

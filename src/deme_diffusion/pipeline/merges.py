@@ -14,7 +14,7 @@ from deme_diffusion.config import MergeSettings, MethodOptions, Recipe
 from deme_diffusion.division import Division
 from deme_diffusion.errors import UserError
 from deme_diffusion.merging.selection import Kept, MergeWeights
-from deme_diffusion.merging.table import Method, method
+from deme_diffusion.merging.table import LINEAR, Method, method
 
 SAID = ("method", "options", "weights_for", "keep", "dtype", "max_shard_size", "fisher_samples", "lora_rank", "fuse")
 """Settings that `HowToMerge`, and the stages beside a merge, say in their own way."""
@@ -55,6 +55,13 @@ class HowToMerge:
         rest = {"dtype": self.dtype, "max_shard_size": self.max_shard_size, "lora_rank": self.lora_rank}
         rest |= {"fuse": self.fuse or None}
         return self.model | {name: value for name, value in rest.items() if value is not None}
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What is lost where LoRAs are merged into one, for the key of a search; empty where nothing is."""
+        if self.fuse or (self.lora_rank is None and self.method.name in LINEAR):
+            return {}
+        return {"lora": {"rank": self.lora_rank}}
 
     @property
     def what(self) -> str:

@@ -114,6 +114,7 @@ class Models(Vertices):
         covered = shaping(settings, how.method.name) | how.model
         covered |= {"loss": loss} if loss and shaped_by_loss(settings, how.method.name) else {}
         covered |= {"ranges": served_ranges(self.division), **self.waiting()}
+        covered |= how.cut if self.recipe.decouple.lora_rank is not None else {}
         parents = {"base": self.base, "data": self.data, "extractor": self.extractor, **_numbered(experts)}
         parents |= self.informed(how, experts, seed) | self.cached()
         label = self._named(f"{label} weights", seed)

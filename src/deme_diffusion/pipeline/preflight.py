@@ -23,7 +23,7 @@ from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.denoiser import Prompt
 from deme_diffusion.models.devices import device_of
 from deme_diffusion.models.latent import LatentDenoiser
-from deme_diffusion.models.lora import layers_for
+from deme_diffusion.models.lora import layers_for, peft_parts
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.node import Node
 from deme_diffusion.pipeline.workbench import Workbench
@@ -50,6 +50,7 @@ def check(bench: Workbench, nodes: Sequence[Node]) -> None:
         if recipe.model.takes == "text" and bench.graph.cache is None and any(n.stage == "decouple" for n in nodes):
             say_cut(bench.denoiser, bench.splits)  # type: ignore[arg-type]
     if recipe.decouple.lora_rank is not None and any(node.stage == "decouple" for node in nodes):
+        peft_parts()
         check_targets(bench)
     train = bench.splits["train"]
     if isinstance(bench.graph.clip, Input) and any(node.stage == "clip_score" for node in nodes):

@@ -21,6 +21,7 @@ from deme_diffusion.evaluation.objectives import FixedNoiseObjective, FrechetObj
 from deme_diffusion.files import write_json
 from deme_diffusion.merging.apply import Merger
 from deme_diffusion.merging.differential import Differential
+from deme_diffusion.merging.lora import merged_lora
 from deme_diffusion.merging.search import (
     Budget,
     Candidate,
@@ -36,6 +37,7 @@ from deme_diffusion.merging.search import (
 )
 from deme_diffusion.merging.selection import MergeWeights
 from deme_diffusion.models.adapters import in_turn
+from deme_diffusion.models.lora import exchange
 from deme_diffusion.models.precision import in_float32
 from deme_diffusion.pipeline.inputs import Input
 from deme_diffusion.pipeline.measure import Measuring
@@ -83,6 +85,18 @@ class Asked:
         """The merged model."""
         return self.merger.into(self.shell, self.compose(weights))
 
+    def written(self, weights: Given) -> nn.Module:
+        """The model that the merge would write: `materialise`, or of LoRAs what is left at the merged one's rank."""
+        if self.stages.recipe.decouple.lora_rank is None or not self.how.cut:
+            return self.materialise(weights)
+        merged = merged_lora(self.merger, self.compose(weights), self.how.lora_rank)
+        return exchange(self._adapted, merged.layers)
+
+    @cached_property
+    def _adapted(self) -> nn.Module:
+        """Of its own, since `shell` is merged into by the losses."""
+        return self.stages.component(self.stages.graph.base)
+
     @cached_property
     def exact_shell(self) -> nn.Module:
         """The same in float32, for losses: candidates differ by less than half precision's rounding."""
@@ -99,7 +113,7 @@ class Asked:
         stages, settings = self.stages, self.settings
         objective = (KernelObjective if settings.judge == "kid" else FrechetObjective)(
             stages.denoiser,
-            self.materialise,
+            self.written,
             stages.splits["search"],
             stages.extractor,
             settings.sampler,

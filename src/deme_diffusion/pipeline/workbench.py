@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,6 +151,12 @@ class Workbench:
         lora = self.lora(part)
         return self.component(part) if lora is None else fused(self._bare(), lora).to(self.device)
 
+    def loaders(self, served: Served) -> list[Callable[[], nn.Module]]:
+        """What is loaded to serve a row's model: each expert, or of LoRAs one base with all of them."""
+        if served.ensemble and any(map(self.lora, served.parts)):
+            return [partial(self.module, served)]
+        return [partial(self.component, part) for part in served.parts]
+
     def _counted(self, served: Served) -> int:
         """Parameters kept to serve a row's model; of LoRAs the base's count once."""
         loras = [lora for part in served.parts if (lora := self.lora(part)) is not None]
@@ -168,11 +174,16 @@ class Workbench:
     def component_folder(self, part: Node | Input) -> Path:
         """Where a model's component lies; of a LoRA, what is loaded into the base's."""
         folder = self.folder(part)
-        return folder if (folder / LORA_NAME).is_file() else part_of(folder, self.denoiser.component)
+        return folder if self._is_lora(part) else part_of(folder, self.denoiser.component)
+
+    def _is_lora(self, part: Node | Input) -> bool:
+        """Only what we trained or merged is one: in a base that was given such a file may lie by chance."""
+        made = isinstance(part, Node) and part.stage in ("decouple", "merge")
+        return made and (self.folder(part) / LORA_NAME).is_file()
 
     def lora(self, part: Node | Input) -> Lora | None:
         """What a model is beside the base, where it is a LoRA for it."""
-        if not (self.folder(part) / LORA_NAME).is_file():
+        if not self._is_lora(part):
             return None
         config = read_json(part_of(self.folder(self.graph.base), self.denoiser.component) / "config.json")
         return read_lora(self.folder(part), self.denoiser.component, config)

@@ -81,9 +81,9 @@ def noise_warning(num_experts: int, settings: MergeSettings) -> str | None:
         return None
     if (count := judged(num_experts, settings)) <= FEW_CANDIDATES:
         return None
-    score = settings.judge.upper()
+    judged_on = f"{settings.judge.upper()} on {settings.num_images} images"
     return (
-        f"merge.num_images={settings.num_images}: {score} on {settings.num_images} images follows the sampling noise, and "
+        f"merge.num_images={settings.num_images}: {judged_on} follows the sampling noise, and "
         f"merge.search={settings.search} chooses the least of up to {count}; use {FEW_IMAGES} images or more, or an "
         "objective other than fd"
     )

@@ -68,8 +68,10 @@ def _entries_caption(figure: FigureData) -> str:
     seen = f" Of {sampled} layers of more than 4 million entries, {meta['sample']:,} sampled ones." if sampled else ""
     told = ", ".join(f"{value:.2g}" for value in typical)
     most = f", most for {meta['names'][int(np.argmax(typical))]}" if len(typical) > 1 and max(typical) > 0 else ""
+    count, layers = int(_changed(figure).sum()), len(meta["layers"])
+    adapted = f" {count} of {layers} layers are changed by some expert; the median is over these." * (0 < count < layers)
     return (
-        f"In the median layer mean |τ_i| is {told}, expert by expert{most}. τ_i is expert i's weights less the "
+        f"In the median layer mean |τ_i| is {told}, expert by expert{most}.{adapted} τ_i is expert i's weights less the "
         f"pretrained ones{_folded(meta)}. A panel for each expert, {len(meta['layers'])} layers (weight and bias "
         f"together) in the order of the forward pass. {what} of a layer's entries{scale}.{seen}"
     )
@@ -115,7 +117,13 @@ def _percent(share: float | None) -> str:
 
 
 def _typical(figure: FigureData) -> list[float]:
-    return [float(np.median(row)) for row in figure.arrays["mean_absolute"]]
+    changed = _changed(figure)
+    return [float(np.median(row[changed])) if changed.any() else 0.0 for row in figure.arrays["mean_absolute"]]
+
+
+def _changed(figure: FigureData) -> npt.NDArray[np.bool_]:
+    """(layers,) Which ones some expert changes: LoRAs leave most alone."""
+    return np.asarray(figure.arrays["mean_absolute"] != 0).any(0)
 
 
 # -- entries by layer -----------------------------------------------------------------------------
