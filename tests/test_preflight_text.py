@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_guidance_that_the_stock_pipeline_lacks_is_refused_before_a_step(
     made["merge"], made["evaluate"] = {**made["merge"], "sampler": plain[0]}, {**made["evaluate"], "samplers": plain}
     run = run_of(made, tmp_path / "plain")
     preflight.check_asked(Workbench(run.graph, run.store))
+
+
+def test_a_missing_peft_is_told_before_a_step(
+    pico_values: Values, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    run = run_of(values(pico_values, "stable_diffusion", base, lora_rank=2), tmp_path)
+    nodes = [node for node in run.graph.nodes if node.stage == "decouple"]
+    with pytest.raises(UserError, match="LoRA needs peft"):
+        preflight.check(Workbench(run.graph, run.store), nodes)
 
 
 def test_layers_that_a_lora_does_not_find_are_told_before_a_step(

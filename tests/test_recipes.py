@@ -73,7 +73,8 @@ def test_a_dry_run_needs_no_network_no_torch_and_no_data(
     assert said["disk_bytes"] > 0 and min(said["memory_bytes"][kind] for kind in ("training", "sampling")) > 0
     assert all(entry["bytes"] for entry in said["downloads"]), "what a packaged recipe fetches is of known size"
     hub = ["model", "data", "extractor"]
-    wanted = {"cifar10-small": ["data"], **dict.fromkeys(PAPER, hub), **dict.fromkeys(TEXT, [*hub, "clip"])}
+    asking = [*hub, "clip"]
+    wanted = {"cifar10-small": ["data"], **dict.fromkeys(PAPER, hub), **dict.fromkeys(TEXT, asking)}
     assert [entry["kind"] for entry in said["downloads"]] == wanted.get(name, [])
 
 

@@ -107,6 +107,18 @@ def test_a_projection_that_stays_is_a_layer_of_its_own(tmp_path: Path) -> None:
     assert "Projections" in pictures([data])[1].caption
 
 
+def test_the_median_is_over_layers_that_some_expert_changes(tmp_path: Path) -> None:
+    base = state(0)
+    key = next(key for key in base if key.endswith("weight"))
+    moved = {**base, key: base[key] + 0.5}
+    folders = [component(tmp_path / name, own) for name, own in (("base", base), ("one", moved), ("two", base))]
+    data = written(tmp_path, folders[0], folders[1:])
+    caption = pictures([data])[0].caption
+    assert f" 1 of {len(data.meta['layers'])} layers are changed by some expert" in caption
+    (mean,) = (float(value) for value in data.arrays["mean_absolute"][0] if value)
+    assert f"mean |τ_i| is {mean:.2g}, 0, expert by expert" in caption
+
+
 def test_an_expert_that_equals_the_base_has_zeros(tmp_path: Path) -> None:
     folders = [component(tmp_path / name, state(0)) for name in ("base", "one", "two")]
     with warnings.catch_warnings():

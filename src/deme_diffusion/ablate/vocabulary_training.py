@@ -132,8 +132,8 @@ TRAINING: dict[str, str] = {
     "matrix",
     "lorarank": "lora rank, rank of lora, adapter rank, rank of adapter, rank of low rank, lora dimension",
     "fullft": "full parameter finetuning, full parameter, all parameter finetuning, full model finetuning, full "
-    "weight, full weight finetuning, finetuning all parameter, finetuning of all parameter, finetuning all weight, full "
-    "rank, full rank finetuning",
+    "weight, full weight finetuning, finetuning all parameter, finetuning of all parameter, finetuning all weight, "
+    "full rank, full rank finetuning",
     "textdropout": "text dropout, caption dropout, prompt dropout, condition dropout, conditioning dropout, dropping "
     "caption, dropping prompt, empty prompt, null prompt, unconditional dropout, cfg dropout, prompt drop, caption "
     "drop, label dropout, class dropout, dropped caption, empty caption, null text, null condition, caption dropping, "

@@ -16,7 +16,8 @@ def as_image(denoiser: Denoiser, x: torch.Tensor) -> torch.Tensor:
         return x
     vae = denoiser.pipeline.vae
     own = next(vae.parameters())
-    decoded: torch.Tensor = vae.decode(_plain(denoiser, x.float()).to(own.device, own.dtype), return_dict=False)[0].float()
+    latents = _plain(denoiser, x.float()).to(own.device, own.dtype)
+    decoded: torch.Tensor = vae.decode(latents, return_dict=False)[0].float()
     return decoded[:, :, 0] if decoded.ndim == 5 else decoded
 
 

@@ -55,7 +55,7 @@ def opened(request: Request) -> Iterator[Opened]:
     ]
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     paths = [place.weights for place in experts]
-    if request.full_hash:
+    if request.full_hash and any(map(find_lora, request.experts)):
         with Weights(base.weights) as whole:
             known(whole.files, full_hash=True)  # remembered: LoRAs are compared with it as they are opened
     with Merger(base.weights, paths, request.method.name, request.options, request.fisher) as merger:

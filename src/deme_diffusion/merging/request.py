@@ -109,9 +109,7 @@ def requested(
     )
 
 
-def _check_loras(
-    experts: Sequence[Path], out: Path, rank: int | None, fuse: bool, whole: Mapping[str, object]
-) -> None:
+def _check_loras(experts: Sequence[Path], out: Path, rank: int | None, fuse: bool, whole: Mapping[str, object]) -> None:
     """Raises UserError for what is said of LoRAs and of no other experts, or the other way round."""
     loras = [path for path in experts if find_lora(path)]
     name = "fuse" if fuse else "lora_rank"

@@ -53,8 +53,8 @@ class Models(Vertices):
         settings = self.recipe.data
         if settings.source == "digits":
             return self.source
-        label = f"index of {self.source.label}"
-        return self._add("data", label, images.indexed(settings, self.recipe.model.takes), {"source": self.source}, None)
+        covered = images.indexed(settings, self.recipe.model.takes)
+        return self._add("data", f"index of {self.source.label}", covered, {"source": self.source}, None)
 
     def _base(self, download: bool) -> Node | Input:
         model, settings = self.recipe.model, self.recipe.pretrain
@@ -158,7 +158,8 @@ class Models(Vertices):
         everything = subset is None or subset == whole(self.division.num_timesteps)
         if subset is not None and not everything:
             covered, label = covered | {"within": subset} | self.waiting(), f"{label} of {name_of(subset)}"
-        parents, arguments = {"base": self.base, "data": self.data, **self.cached()}, {"subset": None if everything else subset}
+        parents = {"base": self.base, "data": self.data, **self.cached()}
+        arguments = {"subset": None if everything else subset}
         return self._add("similarity", label, covered, parents, settings.seed, arguments=arguments)
 
     def _divide(self, store: Store | None) -> None:

@@ -190,7 +190,8 @@ class Stages(Analysing, Preparing):
         record.write(whole, kept)
         # Runs that share this artefact have other recipes: a run's own card, with its table, is model_card.md.
         card = {"recipe": f"merge {node.digest}", "weights": {"merged": list(weights.values)}, "merge": kept}
-        about = {"base_model": self.graph.base.label, "projection": found.get("projection")} | usage(self.recipe, settled=False)
+        about = {"base_model": self.graph.base.label, "projection": found.get("projection")}
+        about |= usage(self.recipe, settled=False)
         write_text(whole / "README.md", model_card({**card, **about}))
         take_over(whole, folder, last=MODEL_INDEX)
         told = weights.as_dict()

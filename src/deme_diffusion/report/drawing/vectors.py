@@ -69,10 +69,11 @@ def _entries_caption(figure: FigureData) -> str:
     told = ", ".join(f"{value:.2g}" for value in typical)
     most = f", most for {meta['names'][int(np.argmax(typical))]}" if len(typical) > 1 and max(typical) > 0 else ""
     count, layers = int(_changed(figure).sum()), len(meta["layers"])
-    adapted = f" {count} of {layers} layers are changed by some expert; the median is over these." * (0 < count < layers)
+    some = f" {count} of {layers} layers are changed by some expert; the median is over these."
+    adapted = some * (0 < count < layers)
     return (
-        f"In the median layer mean |τ_i| is {told}, expert by expert{most}.{adapted} τ_i is expert i's weights less the "
-        f"pretrained ones{_folded(meta)}. A panel for each expert, {len(meta['layers'])} layers (weight and bias "
+        f"In the median layer mean |τ_i| is {told}, expert by expert{most}.{adapted} τ_i is expert i's weights less "
+        f"the pretrained ones{_folded(meta)}. A panel for each expert, {len(meta['layers'])} layers (weight and bias "
         f"together) in the order of the forward pass. {what} of a layer's entries{scale}.{seen}"
     )
 
@@ -123,7 +124,7 @@ def _typical(figure: FigureData) -> list[float]:
 
 def _changed(figure: FigureData) -> npt.NDArray[np.bool_]:
     """(layers,) Which ones some expert changes: LoRAs leave most alone."""
-    return np.asarray(figure.arrays["mean_absolute"] != 0).any(0)
+    return np.asarray((figure.arrays["mean_absolute"] != 0).any(0))
 
 
 # -- entries by layer -----------------------------------------------------------------------------
