@@ -17,7 +17,7 @@ from deme_diffusion.models import projection
 from deme_diffusion.models.ddpm import DDPM
 from deme_diffusion.models.placement import shape_of, shapes_of
 from deme_diffusion.models.projection import Projected
-from deme_diffusion.pipeline import needs
+from deme_diffusion.pipeline import needs, space
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes.checks import parse
 from deme_diffusion.weight_files import FISHER_METADATA
@@ -164,4 +164,4 @@ def test_plan_counts_what_the_information_costs(pico_values: dict[str, Any]) -> 
     assert cost is not None
     stages = list(graph.of_stage("fisher"))
     assert [needs.flops(graph, node, cost) for node in stages] == [3 * 40 * cost.flops] * 2
-    assert needs.disk(graph, stages, cost)["weights"] == 2 * 4 * cost.parameters
+    assert space.disk(graph, stages, cost)["weights"] == 2 * 4 * cost.parameters

@@ -85,7 +85,7 @@ def executed(values: Values, folder: Path) -> Run:
         ("checkpoints_total_limit", 3),
         ("logging_steps", 1),
         ("preview_steps", 1),
-        ("sample_batch_size", 3),
+        ("sample_batch_size", 30),  # below 16 serving is measured in smaller batches
     ],
 )
 def test_runtime_settings_change_no_digest(pico_values: Values, key: str, value: Any) -> None:

@@ -50,6 +50,10 @@ class Circle(DDPM):
     def num_train_timesteps(self) -> int:
         return T
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (1, 8, 8)
+
     def noised(self, batch: dict[str, Any], t: torch.Tensor, noise: torch.Tensor) -> Noised:
         angle = np.pi * t[:, None, None, None].double() / T
         return Noised(noise, t, angle.cos() * self.plane[0] + angle.sin() * self.plane[1], {})

@@ -122,7 +122,9 @@ def _fetched(name: str, revision: str) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        return wanted_files(HfApi().list_repo_files(name, revision=revision))
+        # Not list_repo_files, which tries again for half a minute, and says so, before it fails.
+        listed = HfApi().model_info(name, revision=revision).siblings or []
+        return wanted_files([file.rfilename for file in listed])
     except Exception:  # offline, or gone: fetching itself finds out, and tells
         return [*PATTERNS, *TOKENIZERS]
 
