@@ -420,3 +420,10 @@ def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path, pipeline: Path, 
     merge(pipeline, [expert], tmp_path / "out")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "elsewhere" / "unet" / WEIGHTS_NAME).is_file()
+
+
+def test_a_hub_name_says_how_to_fetch_it() -> None:
+    with pytest.raises(UserError, match=r"hf download owner/nobodys-model --local-dir FOLDER"):
+        locate(Path("owner/nobodys-model"), what="base")
+    with pytest.raises(UserError, match=r"no such file or folder$"):
+        locate(Path("a/b/c"), what="base")

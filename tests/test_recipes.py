@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deme_diffusion.config import Recipe
+from deme_diffusion.errors import UserError
 from deme_diffusion.merging.search import candidates
 from deme_diffusion.pipeline.graph import Graph
 from deme_diffusion.recipes import load, packaged
@@ -129,3 +130,9 @@ def test_the_budget_of_cifar10_is_the_same_for_any_number_of_experts(ranges: int
 def test_every_row_of_table_3_is_an_override_of_cifar10(off: list[str]) -> None:
     graph = Graph(load("cifar10", [f"decouple.{change}" for change in off]).recipe)
     assert sum(expert.steps for expert in graph.experts[0]) == 80_000
+
+
+def test_a_lora_is_no_run_folder_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"it is a LoRA"):
+        load(str(tmp_path))

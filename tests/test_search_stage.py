@@ -291,6 +291,21 @@ def found_by(store: Store, values: dict[str, Any], folder: Path, **merge: Any) -
     return found
 
 
+@pytest.mark.parametrize(("far", "told"), [(-1.0, True), (1e9, False)])
+def test_weights_far_beyond_the_experts_are_told(
+    far: float,
+    told: bool,
+    store: Store,
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("deme_diffusion.pipeline.searching.FAR", far)
+    found_by(store, values, tmp_path / "x", search="least_squares")
+    assert ("goes far beyond its expert" in caplog.text) == told
+
+
 @pytest.mark.parametrize("objective", ["fd", "loss"])
 def test_weights_of_no_model_are_told_and_passed_over(
     objective: str, store: Store, values: dict[str, Any], tmp_path: Path

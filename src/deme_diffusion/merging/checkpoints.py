@@ -42,7 +42,11 @@ def locate(path: Path, component: str | None = None, *, what: str) -> Place:
         return _file(path, what)
     if not path.is_dir():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UserError(f"{what} {path}: no such file or folder{nearest(path.name, [p.name for p in siblings])}")
+        near = nearest(path.name, [p.name for p in siblings])
+        # A hub name has two parts; a folder of that depth is as likely, so both are told.
+        hub = len(path.parts) == 2 and not near and not path.parent.is_dir()
+        fetch = f"; of a hub model, first: hf download {path} --local-dir FOLDER" if hub else ""
+        raise UserError(f"{what} {path}: no such file or folder{near}{fetch}")
     if (path / MODEL_INDEX).is_file():
         name = _part(path, component, what)
         return Place(path, part_of(path, name), name, path)

@@ -91,7 +91,7 @@ def readme(told: Mapping[str, Any], base: str) -> str:
         f"# A merged LoRA\n\n{len(told['experts'])} LoRAs for `{base}`, merged by {told['method']} with weights "
         f"{weights}: {own['layers']} layers, rank {own['rank']}. {exact if own['exact'] else lost} `merge.json` says "
         f"more.\n\n```python\nfrom diffusers import DiffusionPipeline\n\npipeline = "
-        f'DiffusionPipeline.from_pretrained({base!r})\npipeline.load_lora_weights(".")  # this folder\n```\n'
+        f'DiffusionPipeline.from_pretrained({base!r})\npipeline.load_lora_weights("path/to/this/folder")\n```\n'
     )
 
 

@@ -180,7 +180,7 @@ def _performed_lora(here: Opened) -> Record:
             full_hash=request.full_hash,
         )
         record.write(folder, told)
-        write_text(folder / "README.md", readme(told, str(request.base)))
+        write_text(folder / "README.md", readme(told, str(request.base.absolute())))
     return told
 
 

@@ -93,6 +93,7 @@ class Evidence:
             "base_model": self.graph.base.label,
             "base_model_hub": self._hub_name(),
             "merged_path": str(self.merged.absolute()),
+            "base_path": str((self.folder / "base").absolute()),
             "weights_found": self.weights_found(rows) if self._searched() else [],
             "ablations": self._experiments(),
             "figures": figures,

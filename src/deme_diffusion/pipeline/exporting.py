@@ -57,7 +57,7 @@ def export_merged(run: Run, out: Path) -> Exported:
         shown = _samples(run)
         if shown is not None:
             write_bytes(folder / SAMPLES, shown)
-        here = {"merged_path": f"OWNER/{out.name}", "command": COMMAND}
+        here = {"merged_path": f"OWNER/{out.name}", "base_path": "PATH/TO/THE/BASE", "command": COMMAND}
         write_text(folder / CARD, model_card({**content, **here}, samples=SAMPLES if shown else None))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Exported(out, files, linked)

@@ -47,6 +47,8 @@ from deme_diffusion.pipeline.workbench import ranges_of_node, seed_of_node
 from deme_diffusion.rng import seed_of
 
 log = logging.getLogger(__name__)
+FAR = 3.0
+"""Weights beyond it are told: what is known of a model that far outside its experts is one search's score."""
 SEARCH, TRIALS = "search.json", "search.jsonl"
 NAMES = {"fd": "FD", "kid": "KID", "loss": "fixed-noise loss", "relative_loss": "fixed-noise loss over the base's"}
 """What an objective is called in the search's file."""
@@ -227,6 +229,13 @@ class Searching(Measuring):
         settings, chosen = self.recipe.merge, best(trials)
         said = (node.label, len(trials), chosen.source, _short(chosen.weights), chosen.value)
         log.info("%s: best of %d trials: %s %s -> %.4f", *said)
+        if (largest := max(map(abs, chosen.weights))) > FAR:
+            log.warning(
+                "%s: a weight of %.3g goes far beyond its expert: the task vectors are small or nearly dependent (few "
+                "steps?); merge.bounds holds weights back",
+                node.label,
+                largest,
+            )
         if before < chosen.value:
             log.warning("%s: the base itself has %.4f; what the recipe fixes makes it worse", node.label, before)
         judge = f"{NAMES[settings.judge]}({self.graph.extractor_name}) {settings.sampler.label}"

@@ -102,10 +102,10 @@ class Stages(Analysing, Preparing):
         return results
 
     def _loadable(self) -> str:
-        """By what stock diffusers loads the base; `base` is its link in the run's folder."""
+        """By what stock diffusers loads the base, or where it lies: the run's folder has a link to it."""
         label = self.graph.base.label
         given = isinstance(self.graph.base, Input) and not label.startswith("packaged:")
-        return label.split("@")[0] if given else "base"
+        return label.split("@")[0] if given else "path/to/the/run/base"
 
     def _base_record(self) -> dict[str, Any]:
         """What a LoRA says of the model that it is for."""

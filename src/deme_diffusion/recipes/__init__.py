@@ -77,7 +77,11 @@ def _find(reference: str) -> tuple[Path, Path | None]:
         return PACKAGED / f"{reference}.yaml", None
     if path.is_dir():
         if not (path / RESOLVED).is_file():
-            raise UserError(f"{path}: no {RESOLVED} in it, so it is no run folder")
+            lora = (path / "pytorch_lora_weights.safetensors").is_file()
+            rather = (
+                "; it is a LoRA: sample its run, or write a whole pipeline by --fuse (merge.fuse=true)" if lora else ""
+            )
+            raise UserError(f"{path}: no {RESOLVED} in it, so it is no run folder{rather}")
         return path / RESOLVED, path
     if path.is_file():
         return path, None

@@ -78,7 +78,7 @@ def loading_lines(run: Mapping[str, Any]) -> str:
 
 
 def _lora_lines(run: Mapping[str, Any]) -> str:
-    base = run.get("base_model_hub") or run.get("base_model") or "base"
+    base = run.get("base_model_hub") or run.get("base_path") or run.get("base_model") or "base"
     base, merged = (json.dumps(str(name), ensure_ascii=False) for name in (base, run.get("merged_path", "merged")))
     lines = ["from diffusers import DiffusionPipeline", f"pipeline = DiffusionPipeline.from_pretrained({base})"]
     return "\n".join([*lines, f"pipeline.load_lora_weights({merged})", _sampled(run)])

@@ -23,6 +23,6 @@ def _loading(base: str) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         f"pipeline = DiffusionPipeline.from_pretrained({base!r})",
-        'pipeline.load_lora_weights(".")  # this folder',
+        'pipeline.load_lora_weights("path/to/this/folder")',
     ]
     return fenced("\n".join(lines), "python")
